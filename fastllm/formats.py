@@ -1,0 +1,176 @@
+"""How a quantized weight is stored: formats, and the one place that packs and unpacks them.
+
+The layout at rest is `pack-quantized` of compressed-tensors
+(https://github.com/vllm-project/compressed-tensors), so saving a layer is writing its parameters.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight [N, K] at rest.
+
+    packed:     int32 [N, ceil(K * bits / 32)], lowest bits first along K, holding q + 2**(bits - 1), never negative
+    scale:      float [N, G], one for each group of weights in a row
+    zero_point: int32 [ceil(N * bits / 32), G], non-negative zero points packed along N; None when symmetric
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """Integers of `bits` bits: w[n, k] = (q[n, k] - z[n, k // group]) * scale[n, k // group].
+
+    bits:      4 or 8
+    group:     weights that share a scale, along K; None: one scale for a whole row ("per channel")
+    symmetric: z is 2**(bits - 1), the middle of the range, and not stored
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits={self.bits}: 4 and 8 are supported")
+        if self.group is not None and (self.group < 32 or self.group % 32):
+            raise ValueError(f"group_size={self.group} is not a multiple of 32; use 32, 64, 128, 256 or per channel (-1)")
+
+    @property
+    def name(self) -> str:
+        """Such as "int4-g128", "int8" (per channel), "int4-g64-asym"."""
+        group = "" if self.group is None else f"-g{self.group}"
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric weight: 8 or 128."""
+        return 2 ** (self.bits - 1)
+
+    def group_of(self, K: int) -> int:
+        """The number of weights that share a scale in a row of K."""
+        return K if self.group is None else self.group
+
+    def groups(self, K: int) -> int:
+        """The number of scales in a row of K; the last group may be short."""
+        return -(-K // self.group_of(K))
+
+    def words(self, K: int) -> int:
+        """The number of int32 words in a row of K."""
+        return -(-K * self.bits // 32)
+
+    def bytes(self, N: int, K: int, scale_bytes: int = 2) -> int:
+        """The size at rest of a weight [N, K] whose scales have `scale_bytes` bytes each."""
+        zeros = 0 if self.symmetric else 4 * -(-N * self.bits // 32) * self.groups(K)
+        return 4 * N * self.words(K) + scale_bytes * N * self.groups(K) + zeros
+
+
+FORMATS = {
+    f.name: f
+    for bits in (4, 8)
+    for group in (None, 32, 64, 128, 256)
+    for symmetric in (True, False)
+    for f in [IntFormat(bits, group, symmetric)]
+}
+# "int4" alone means groups of 128, the field's habit; "int8" alone means one scale per output channel.
+DEFAULT_GROUP = {4: 128, 8: None}
+
+
+def parse_format(name: "str | IntFormat", group_size: int | None = None, symmetric: bool | None = None) -> IntFormat:
+    """The format called `name` ("int4", "int8", "int4-g64", "int4-g32-asym"); `group_size=-1` means per channel.
+
+    Raises ValueError for an unknown name, naming the known ones.
+    """
+    if isinstance(name, IntFormat):
+        format = name
+    else:
+        match = re.fullmatch(r"int([48])(?:-g(\d+)|(-channel))?(-asym)?", name)
+        if match is None:
+            raise ValueError(f"unknown weight format {name!r}; known: int4, int8, {', '.join(sorted(FORMATS))}")
+        bits = int(match[1])
+        group = int(match[2]) if match[2] else None if match[3] else DEFAULT_GROUP[bits]
+        format = IntFormat(bits, group, symmetric=match[4] is None)
+    if group_size is not None:
+        format = replace(format, group=None if group_size == -1 else group_size)
+    return format if symmetric is None else replace(format, symmetric=symmetric)
+
+
+def pack_bits(q: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] with values below 2**bits -> int32 [R, ceil(C * bits / 32)], lowest bits first."""
+    per_word = 32 // bits
+    if q.shape[1] % per_word:
+        q = torch.nn.functional.pad(q, (0, -q.shape[1] % per_word))
+    if bits == 4:
+        q = q[:, 0::2] | q[:, 1::2] << 4
+    # flat, because torch refuses to view a dimension of size 1 whose stride is odd
+    return q.flatten().view(torch.int32).view(len(q), -1)
+
+
+def unpack_bits(packed: Tensor, bits: int, C: int) -> Tensor:
+    """int32 [R, W] -> uint8 [R, C]; the inverse of `pack_bits`."""
+    q = packed.flatten().view(torch.uint8).view(len(packed), -1)
+    if bits == 4:
+        q = torch.stack((q & 15, q >> 4), -1).flatten(1)
+    return q[:, :C]
+
+
+def pack_zero_point(zero_point: Tensor, bits: int) -> Tensor:
+    """uint8 [N, G] -> int32 [ceil(N * bits / 32), G]: packed along N, as compressed-tensors does."""
+    return pack_bits(zero_point.t(), bits).t().contiguous()
+
+
+def unpack_zero_point(packed: Tensor, bits: int, N: int) -> Tensor:
+    """int32 [ceil(N * bits / 32), G] -> uint8 [N, G]."""
+    return unpack_bits(packed.t(), bits, N).t().contiguous()
+
+
+def scale_groups(q: Tensor, scale: Tensor, zero_point: Tensor | int, group: int, dtype: torch.dtype) -> Tensor:
+    """(q - z) * scale: q uint8 [N, K], scale [N, G], zero_point uint8 [N, G] or one number -> [N, K] of `dtype`.
+
+    The difference is an exact integer; the product is computed and rounded once in `dtype`.
+    """
+    N, K = q.shape
+    G = scale.shape[1]
+    padded = torch.nn.functional.pad(q, (0, G * group - K)).view(N, G, group).to(torch.int16)
+    padded = padded - (zero_point if isinstance(zero_point, int) else zero_point[..., None].to(torch.int16))
+    return (padded.to(dtype) * scale.to(dtype)[..., None]).view(N, G * group)[:, :K]
+
+
+def dequantize(weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] that `weight` stands for, in `dtype`."""
+    N, K = shape
+    q = unpack_bits(weight.packed, format.bits, K)
+    zero = format.middle if weight.zero_point is None else unpack_zero_point(weight.zero_point, format.bits, N)
+    return scale_groups(q, weight.scale, zero, format.group_of(K), dtype)
+
+
+def check(weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int], name: str = "weight") -> None:
+    """Raise ValueError, naming the tensor and the numbers, unless `weight` can be a [N, K] in `format`."""
+    N, K = shape
+    G = format.groups(K)
+    expected = {
+        "packed": (weight.packed, (N, format.words(K)), torch.int32),
+        "scale": (weight.scale, (N, G), None),
+        "zero_point": (weight.zero_point, (-(-N * format.bits // 32), G), torch.int32),
+    }
+    if format.symmetric != (weight.zero_point is None):
+        have = "no zero points" if weight.zero_point is None else "zero points"
+        raise ValueError(f"{name}: {have}, but the format is {format.name}")
+    for part, (tensor, want_shape, want_dtype) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != want_shape:
+            raise ValueError(
+                f"{name}_{part} has shape {list(tensor.shape)}, but {format.name} of [{N}, {K}] needs {list(want_shape)}: "
+                "the checkpoint is damaged or its quantization_config names another format"
+            )
+        if want_dtype is not None and tensor.dtype != want_dtype or want_dtype is None and not tensor.is_floating_point():
+            raise ValueError(f"{name}_{part} has dtype {tensor.dtype}, expected {want_dtype or 'a floating-point type'}")

@@ -1,0 +1,6 @@
+"""Modules: parameters and one call."""
+
+from .experts import QuantExperts
+from .linear import QuantLinear
+
+__all__ = ["QuantExperts", "QuantLinear"]

@@ -1,0 +1,184 @@
+"""`QuantLinear`: a linear layer whose weight stays packed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import IntFormat, QuantizedWeight, check, dequantize, parse_format
+from ..ops import LAYOUTS, choose_layout
+from ..quantizers import quantize
+
+
+class QuantLinear(nn.Module):
+    """y = x @ W.T + bias, with W [out_features, in_features] stored in an `IntFormat`.
+
+    x [..., in_features] in float16, bfloat16 or float32; y [..., out_features] in the dtype of x. Differentiable with
+    respect to x, so adapters train on top of it; the weight itself does not learn.
+
+    The parameters have the names and, whenever they leave the module (`state_dict`, copying, moving), the layout of a
+    compressed-tensors checkpoint. Between those moments the packed weight is permuted for the device it lies on.
+    """
+
+    # tensor-parallel plans of transformers shard plain local tensors, in `_parameters`
+    _hf_quantized_needs_local_tp = True
+
+    weight_scale: Tensor
+    weight_packed: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    _scale: Tensor
+    _zero: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, shape: tuple[int, int], format: IntFormat, bias: Tensor | None = None):
+        """weight: at rest; its tensors are taken over, not copied. shape: (out_features, in_features).
+
+        Raises ValueError if the tensors cannot be such a weight.
+        """
+        super().__init__()
+        check(weight, format, shape)
+        self.out_features, self.in_features = shape
+        self.format = format
+        for name, tensor in (
+            ("weight_scale", weight.scale),
+            ("weight_packed", weight.packed),
+            ("weight_zero_point", weight.zero_point),
+            ("bias", bias),
+        ):
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False))
+        self.register_buffer("_scale", None, persistent=False)
+        self.register_buffer("_zero", None, persistent=False)
+        self.layout = ""  # at rest
+        self.prepare()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, format: str | IntFormat = "int4", method: str | None = None, group_size: int | None = None
+    ) -> "QuantLinear":
+        """Quantize `linear` (an `nn.Linear`, or a transformers `Conv1D`, whose weight is [in, out]).
+
+        method: "rtn" or "hqq"; by default hqq for 4 bits and rtn for 8, where hqq finds nothing to gain.
+        """
+        format = parse_format(format, group_size)
+        weight = linear.weight.detach()
+        if not isinstance(linear, nn.Linear):
+            weight = weight.t()
+        packed = quantize(weight, format, method or ("hqq" if format.bits == 4 else "rtn"))
+        return cls(packed, (weight.shape[0], weight.shape[1]), format, linear.bias)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        format: IntFormat,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+    ) -> "QuantLinear":
+        """A layer whose parameters are still to be loaded."""
+        N, G, words = out_features, format.groups(in_features), format.words(in_features)
+
+        def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        zero = None if format.symmetric else new((-(-N * format.bits // 32), G), torch.int32)
+        weight = QuantizedWeight(new((N, words), torch.int32), new((N, G), dtype), zero)
+        return cls(weight, (N, in_features), format, new((N,), dtype) if bias else None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """Only the shape, dtype and device of the weight, for code that asks; its values are NaN."""
+        return self.weight_scale.detach().new_full((1, 1), float("nan")).expand(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one forward pass reads: packed weight, scales, zero points and bias."""
+        tensors = (self.weight_packed, self._scale, self._zero, self.bias)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def at_rest(self) -> QuantizedWeight:
+        """The weight in the layout of the checkpoint; `packed` is new memory if a layout had to be undone."""
+        packed = self.weight_packed.detach()
+        if self.layout:
+            packed = LAYOUTS[self.layout].unpack(packed, self.format, self.shape)
+        zero = self.weight_zero_point
+        return QuantizedWeight(packed, self.weight_scale.detach(), None if zero is None else zero.detach())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [out_features, in_features]."""
+        return dequantize(self.at_rest(), self.format, self.shape, dtype or self.weight_scale.dtype)
+
+    def prepare(self) -> None:
+        """Permute the packed weight for the device it lies on. No-op if that is done, or on the meta device."""
+        device = self.weight_packed.device
+        if self.layout or device.type == "meta":
+            return
+        layout, _ = choose_layout(self.format, *self.shape, self.weight_scale.dtype, device)
+        prepared = layout.pack(self.at_rest(), self.format, self.shape)
+        self.layout = layout.name
+        self._set_packed(prepared.w)
+        self._scale, self._zero = prepared.scale, prepared.zero
+
+    def to_rest(self) -> None:
+        """The inverse of `prepare`."""
+        if self.layout:
+            self._set_packed(self.at_rest().packed)
+            self.layout = ""
+            self._buffers.update(_scale=None, _zero=None)
+
+    def _set_packed(self, packed: Tensor) -> None:
+        self._parameters["weight_packed"] = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.fastllm.quant_matmul(
+            x,
+            self.weight_packed,
+            self._scale,
+            self._zero,
+            self.bias,
+            self.out_features,
+            self.format.bits,
+            self.format.group or self.in_features,
+            self.layout,
+        )
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        runs = LAYOUTS[self.layout].runs if self.layout else "not loaded"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.format.name}, {runs}"
+
+    # Whatever leaves or enters the module passes through the layout at rest.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        self.to_rest()
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight_packed"] = self.at_rest().packed
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.to_rest()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.layout:
+            packed = nn.Parameter(self.at_rest().packed, requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight_packed": packed}
+            state["_buffers"] = {**self._buffers, "_scale": None, "_zero": None}
+            state["layout"] = ""
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()

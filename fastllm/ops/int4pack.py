@@ -1,0 +1,116 @@
+"""int4 weights on a CPU: the layout of `torch.ops.aten._weight_int4pack_mm_for_cpu`.
+
+The operator is the fastest way to read an int4 weight once; from about 24 rows on it loses to a dense product, so
+larger products dequantise a few MB at a time and multiply in bfloat16 (bench/results has the measurements).
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..formats import IntFormat, QuantizedWeight, pack_bits, unpack_bits, unpack_zero_point
+from .layout import Layout, Prepared
+
+TILE = 64  # rows of a block in the widest variant of the layout; N is padded to a multiple of it
+NATIVE_GROUPS = (256, 128, 64, 32)
+DIRECT_ROWS = 24
+
+
+def native_group(group: int, K: int) -> int:
+    """The largest group that the operator knows and that never straddles two of ours."""
+    return next(g for g in NATIVE_GROUPS if group % g == 0 or (group == K and K % g == 0) or g == 32)
+
+
+@lru_cache(maxsize=1)
+def _tile() -> tuple[int, Tensor | None]:
+    """(bytes per k in a block, order): the layout depends on the CPU, so it is read off a packed example.
+
+    For each k of a block come its bytes; low nibbles first and high ones after, nibble i is row order[i] of the block.
+    None stands for 0, 1, 2, ...
+    """
+    n = torch.arange(TILE, dtype=torch.int32)[:, None].expand(TILE, 32)
+    k = (torch.arange(32, dtype=torch.int32) % 16).expand(TILE, 32)
+    convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    low, high, ks = (convert(v.contiguous(), 1).flatten() for v in (n & 15, n >> 4, k))
+    per_k = int((ks != ks[0]).nonzero()[0])
+    low, high = low[:per_k], high[:per_k]
+    order = torch.cat(((low & 15) + ((high & 15) << 4), (low >> 4) + ((high >> 4) << 4))).long()
+    return per_k, None if torch.equal(order, torch.arange(2 * per_k)) else order.argsort()
+
+
+class Int4Pack(Layout):
+    name, runs = "int4pack", "aten int4pack / bf16 GEMM"
+
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+        return [
+            why
+            for bad, why in (
+                (device.type != "cpu", f"it runs on the CPU, not on {device.type}"),
+                (format.bits != 4, f"it holds 4-bit weights, not {format.bits}-bit"),
+                (not torch.backends.cpu.get_cpu_capability().startswith("AVX"), "the CPU has neither AVX2 nor AVX-512"),
+                (format.group is None and K % 32 != 0, f"per channel, K={K} is not a multiple of 32"),
+            )
+            if bad
+        ]
+
+    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+        (N, K), group = shape, format.group_of(shape[1])
+        g = native_group(group, K)
+        rows, cols = -(-N // TILE) * TILE, -(-K // g) * g
+        w = torch.empty(rows, cols // 2, dtype=torch.uint8)
+        for start in range(0, N, self.step(K)):
+            q = unpack_bits(weight.packed[start : start + self.step(K)], 4, K).to(torch.int32)
+            q = pad(q, (0, cols - K, 0, -len(q) % TILE), value=8)
+            w[start : start + len(q)] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        owner = torch.arange(cols // g) * g // group  # the scale of each native group
+        scale = weight.scale[:, owner]
+        zero = torch.zeros_like(scale)
+        if weight.zero_point is not None:
+            # the operator computes (q - 8) * scale + zero
+            zero = scale * (8 - unpack_zero_point(weight.zero_point, 4, N)[:, owner].to(scale.dtype))
+        pairs = torch.stack((scale, zero), -1).transpose(0, 1)
+        # the zero points are in `pairs`; passing them on tells that there are some
+        return Prepared(w, pad(pairs, (0, 0, 0, rows - N)).to(torch.bfloat16).contiguous(), weight.zero_point)
+
+    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+        N, K = shape
+        packed = torch.empty(N, format.words(K), dtype=torch.int32)
+        for start in range(0, N, self.step(K)):
+            rows = slice(start, min(start + self.step(K), N))
+            packed[rows] = pack_bits(self._nibbles(w, rows).t()[: rows.stop - start, :K].contiguous(), 4)
+        return packed
+
+    def _nibbles(self, w: Tensor, rows: slice) -> Tensor:
+        """uint8 [cols, n]: the stored integers of whole blocks that cover `rows`, transposed."""
+        per_k, order = _tile()
+        block = 2 * per_k
+        cols, stop = 2 * w.shape[1], -(-rows.stop // block) * block
+        packed = w[rows.start : stop].view(-1, cols, per_k).transpose(0, 1)  # [cols, blocks, bytes]
+        q = torch.empty(cols, packed.shape[1], 2, per_k, dtype=torch.uint8)
+        torch.bitwise_and(packed, 15, out=q[:, :, 0])
+        torch.bitwise_right_shift(packed, 4, out=q[:, :, 1])
+        if order is not None:
+            q = q.view(cols, -1, block)[:, :, order]
+        return q.view(cols, -1)
+
+    def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
+        q = self._nibbles(p.w, rows)  # [cols, n]
+        cols, n = q.shape
+        scale, zero = (t.contiguous() for t in p.scale[:, rows.start : rows.start + n].to(dtype).unbind(-1))  # [cols / g, n]
+        centred = q.view(torch.int8).sub_(8).view(len(scale), -1, n)
+        wt = torch.mul(centred, scale[:, None], out=torch.empty(centred.shape, dtype=dtype))
+        if p.zero is not None:
+            wt += zero[:, None]
+        return wt.view(cols, n)[:K, : rows.stop - rows.start].t()
+
+    def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
+        (M, K), dtype = x.shape, torch.bfloat16
+        if M > DIRECT_ROWS:
+            return self.by_chunks(x, p, N, bits, group, dtype).to(x.dtype)
+        cols = 2 * p.w.shape[1]
+        xs = x.to(dtype)
+        xs = (pad(xs, (0, cols - K)) if cols != K else xs).contiguous()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(xs, p.w, cols // len(p.scale), p.scale)
+        return y[:, :N].to(x.dtype)

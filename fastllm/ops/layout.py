@@ -1,0 +1,85 @@
+"""What a runtime layout is: a permutation of a weight's bytes that some implementation reads fast, and its inverse."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..formats import IntFormat, QuantizedWeight, scale_groups, unpack_bits, unpack_zero_point
+
+SCRATCH = 1 << 21  # weights that are dense at any one time: a few MB, so that they stay in the cache
+
+
+class Prepared(NamedTuple):
+    """The operands of `quant_matmul`, as one layout wants them. `scale` and `zero` may be the tensors at rest."""
+
+    w: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+class Layout(ABC):
+    """How the packed weight lies in memory. Stateless: every method is a pure function of its arguments."""
+
+    name: str
+    runs: str  # what runs on it, for the report
+
+    @abstractmethod
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+        """Why it cannot hold such a weight for activations of `dtype`; empty if it can."""
+
+    @abstractmethod
+    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+        """From rest to this layout. May reuse, and so overwrite, `weight.packed`."""
+
+    @abstractmethod
+    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+        """The inverse: `packed` at rest, exact to the bit. Leaves `w` as it is."""
+
+    @abstractmethod
+    def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, [n, K] of `dtype`: a multiplication away from the stored integers."""
+
+    def step(self, K: int) -> int:
+        """Rows to take from `dense` at a time."""
+        return max(64, SCRATCH // K // 64 * 64)
+
+    def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
+        """x [M, K] -> [M, N] in x's dtype. Here: dense chunks and the library's matmul."""
+        # on a CPU, float16 products are slower than float32 ones
+        dtype = x.dtype if x.is_cuda or x.dtype == torch.bfloat16 else torch.float32
+        return self.by_chunks(x, p, N, bits, group, dtype).to(x.dtype)
+
+    def by_chunks(self, x: Tensor, p: Prepared, N: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
+        """x [M, K] @ dense.T in `dtype`, with a bounded scratch."""
+        (M, K), step = x.shape, self.step(x.shape[1])
+        x = x.to(dtype)
+        if step >= N:
+            return linear(x, self.dense(p, bits, group, slice(0, N), K, dtype))
+        y = x.new_empty(M, N)
+        for start in range(0, N, step):
+            rows = slice(start, min(start + step, N))
+            y[:, rows] = linear(x, self.dense(p, bits, group, rows, K, dtype))
+        return y
+
+
+class Rest(Layout):
+    """The layout of the checkpoint. Runs anywhere, by dequantising and multiplying: the definition of the op."""
+
+    name, runs = "rest", "dequantise + matmul"
+
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+        return []
+
+    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+        zero = None if weight.zero_point is None else unpack_zero_point(weight.zero_point, format.bits, shape[0])
+        return Prepared(weight.packed, weight.scale, zero)
+
+    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+        return w
+
+    def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
+        zero = 2 ** (bits - 1) if p.zero is None else p.zero[rows]
+        return scale_groups(unpack_bits(p.w[rows], bits, K), p.scale[rows], zero, group, dtype)

@@ -1,0 +1,111 @@
+"""The op `fastllm::quant_matmul`: y = x @ dequantize(w).T + bias.
+
+Its definition is `Rest`: dequantise, multiply. Each layout that packs the same numbers another way must agree with it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import IntFormat
+from .int4pack import Int4Pack
+from .int8 import Int8Blocks, Int8Rows
+from .gpu import Planar
+from .layout import Layout, Prepared, Rest
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Planar(), Int4Pack(), Int8Blocks(), Int8Rows(), Rest())}
+
+LIBRARY = torch.library.Library("fastllm", "DEF")
+LIBRARY.define(
+    "quant_matmul(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, int N, int bits, int group, str layout)"
+    " -> Tensor"
+)
+LIBRARY.define(
+    "quant_matmul_grad_x(Tensor grad, Tensor w, Tensor scale, Tensor? zero, int K, int bits, int group, str layout)"
+    " -> Tensor"
+)
+
+
+def choose_layout(
+    format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device, among: Iterable[str] = LAYOUTS
+) -> tuple[Layout, dict[str, list[str]]]:
+    """The first layout that can hold the weight, and why those before it cannot: {name: reasons}."""
+    refused: dict[str, list[str]] = {}
+    for name in among:
+        reasons = LAYOUTS[name].reasons(format, N, K, dtype, device)
+        if not reasons:
+            return LAYOUTS[name], refused
+        refused[name] = reasons
+    every = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise ValueError(f"no layout can hold {format.name} [{N}, {K}] for {dtype} on {device}: {every}")
+
+
+def quant_matmul(
+    x: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, N: int, bits: int, group: int, layout: str
+) -> Tensor:
+    """x [..., K] @ dequantize(w) [N, K].T + bias [N] -> [..., N], in x's dtype, with sums in float32 or wider.
+
+    w, scale, zero: the operands that `LAYOUTS[layout].pack` returned. bits: 4 or 8. group: weights per scale along K.
+    Differentiable with respect to x and bias. Source of the format: compressed-tensors, `pack-quantized`.
+    """
+    return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout)
+
+
+def _forward(
+    x: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, N: int, bits: int, group: int, layout: str
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], N)
+    y = LAYOUTS[layout].matmul(rows, Prepared(w, scale, zero), N, bits, group)
+    if bias is not None:
+        y = y + bias
+    return y.view(*x.shape[:-1], N)
+
+
+def _grad_x(
+    grad: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, K: int, bits: int, group: int, layout: str
+) -> Tensor:
+    """grad [..., N] @ dequantize(w) [N, K], in grad's dtype, a few MB of the weight at a time."""
+    rows, (N, dtype) = grad.reshape(-1, grad.shape[-1]), (grad.shape[-1], grad.dtype)
+    prepared, step = Prepared(w, scale, zero), LAYOUTS[layout].step(K)
+    total = torch.zeros(len(rows), K, dtype=torch.float32, device=grad.device)
+    for start in range(0, N, step):
+        here = slice(start, min(start + step, N))
+        total += rows[:, here] @ LAYOUTS[layout].dense(prepared, bits, group, here, K, dtype)
+    return total.to(dtype).view(*grad.shape[:-1], K)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, w, scale, zero, _, _, *rest = inputs
+    ctx.save_for_backward(w, scale, zero)
+    ctx.K, ctx.rest = x.shape[-1], rest
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    w, scale, zero = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.fastllm.quant_matmul_grad_x(grad, w, scale, zero, ctx.K, *ctx.rest)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, None, None, grad_bias, None, None, None, None
+
+
+for name, implementation in (("quant_matmul", _forward), ("quant_matmul_grad_x", _grad_x)):
+    for key in ("CPU", "CUDA", "MkldnnCPU"):  # the last: oneDNN's blocks are opaque tensors with a key of their own
+        LIBRARY.impl(name, implementation, key)
+
+torch.library.register_autograd("fastllm::quant_matmul", _backward, setup_context=_save_for_backward, lib=LIBRARY)
+
+
+@torch.library.register_fake("fastllm::quant_matmul", lib=LIBRARY)
+def _(x: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, N: int, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], N)
+
+
+@torch.library.register_fake("fastllm::quant_matmul_grad_x", lib=LIBRARY)
+def _(grad: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, K: int, *_: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], K)

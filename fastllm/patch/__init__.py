@@ -1,0 +1,7 @@
+"""Patching: walk a model, decide, replace, report, restore."""
+
+from .apply import is_patched, optimize, optimized, restore
+from .errors import CoverageError, NotSupportedError
+from .report import Report
+
+__all__ = ["CoverageError", "NotSupportedError", "Report", "is_patched", "optimize", "optimized", "restore"]

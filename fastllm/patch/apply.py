@@ -1,0 +1,156 @@
+"""`optimize`, `restore` and `optimized`: patch a model in place, and undo it exactly."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoints import SaveHook
+from ..formats import IntFormat
+from ..nn import QuantExperts, QuantLinear
+from ..progress import track
+from .accuracy import agreement, outputs, probe
+from .errors import NotSupportedError, refuse_coverage, refuse_state
+from .plan import Decision, Patterns, Planner
+from .report import Report, memory
+
+logger = logging.getLogger("fastllm")
+
+
+class Patch:
+    """What was done to a model: enough to undo it."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.originals: dict[str, nn.Module] = {}
+        self.hook: SaveHook | None = None
+
+
+def optimize(
+    model: nn.Module,
+    weights: str | IntFormat | Mapping[str, str | IntFormat | None] = "int4",
+    *,
+    group_size: int | None = None,
+    method: str | None = None,
+    lm_head: str | IntFormat | bool | None = None,
+    include: Patterns = "*",
+    exclude: Patterns = (),
+    min_coverage: float = 0.5,
+    keep: bool = True,
+    prompt: Tensor | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Report:
+    """Quantize the weights of a Hugging Face model in place; return a report (print it).
+
+    weights:      "int4", "int8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module names: format
+                  or None}, of which the first match counts and what matches none stays dense
+    group_size:   weights per scale, for formats that do not name it; -1: one scale per output channel
+    method:       "rtn" or "hqq"; by default hqq for 4 bits and rtn for 8
+    lm_head:      the format of the output head, or False to leave it; by default one scale per word at 8 bits. A tied
+                  head gets a quantized, read-only copy; the embedding stays as it is
+    include, exclude: patterns of module names
+    min_coverage: raise CoverageError if fewer of the bytes read per token would be quantized
+    keep:         keep the original modules, in the memory where they are, so that `restore` is exact; False frees them
+                  once all are replaced (`fastllm.load` quantizes while it reads and never holds both)
+    prompt:       token ids [1, T] for the accuracy check; by default 64 random ones
+    dry_run:      change nothing, only report
+
+    Raises NotSupportedError (training mode, quantized, offloaded or meta weights), CoverageError, or ValueError naming
+    the layer (NaN, unknown format); the model is then as it was. A second call is a no-op that returns the first report.
+    """
+    if is_patched(model):
+        logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
+        return model._fastllm.report
+    refuse_state(model)
+    plan = Planner(weights, group_size, lm_head, include, exclude).plan(model)
+    if not plan.chosen:
+        min_coverage = max(min_coverage, 1e-9)
+    refuse_coverage(plan, min_coverage, model)
+    report = Report(model, plan, keep)
+    if dry_run:
+        return report
+    ids = probe(model, prompt)
+    before = outputs(model, ids)
+    patch = Patch(report)
+    try:
+        for decision in track(plan.chosen, "quantizing", [d.before for d in plan.chosen], quiet):
+            _replace(model, decision, patch, method)
+        patch.hook = SaveHook.attach(model)
+        report.accuracy = agreement(before, outputs(model, ids), report.has_vocabulary, real=prompt is not None)
+    except BaseException:
+        _undo(model, patch)
+        raise
+    report.memory_after = memory(model)
+    if not keep:
+        patch.originals.clear()
+    model._fastllm = patch
+    return report
+
+
+def _replace(model: nn.Module, decision: Decision, patch: Patch, method: str | None) -> None:
+    """Put the quantized module where the dense one is; the layer's name goes into any complaint."""
+    original = model.get_submodule(decision.name)
+    make = QuantExperts.from_experts if decision.kind == "experts" else QuantLinear.from_linear
+    try:
+        new = make(original, decision.format, method)
+    except ValueError as error:
+        raise ValueError(f"{decision.name}: {error}; leave it out with exclude={decision.name!r}") from error
+    new.train(original.training)
+    if hook := getattr(original, "_hf_hook", None):
+        _move_hook(hook, new)
+    patch.originals[decision.name] = original
+    model.set_submodule(decision.name, new)
+
+
+def _move_hook(hook: Any, new: nn.Module) -> None:
+    """Give `new` the accelerate hook that moves a layer's inputs to its device."""
+    from accelerate.hooks import add_hook_to_module
+
+    for module in new.modules():
+        if isinstance(module, QuantLinear):
+            module.to_rest()  # the hook looks at every parameter
+    add_hook_to_module(new, hook)
+    for module in new.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare()
+
+
+def is_patched(model: nn.Module) -> bool:
+    return "_fastllm" in model.__dict__
+
+
+def _undo(model: nn.Module, patch: Patch) -> None:
+    if patch.hook is not None:
+        patch.hook.detach()
+    for name, original in patch.originals.items():
+        model.set_submodule(name, original)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `optimize`: the original modules come back, the very same objects. Returns the model.
+
+    Raises NotSupportedError if the model is not patched, or if the originals were not kept.
+    """
+    if not is_patched(model):
+        raise NotSupportedError("the model is not optimized by fastllm; nothing to restore")
+    patch = model._fastllm
+    if not patch.originals:
+        raise NotSupportedError("the originals were freed (keep=False); load the model again")
+    _undo(model, patch)
+    del model._fastllm
+    return model
+
+
+@contextmanager
+def optimized(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Report]:
+    """`with optimized(model, "int8") as report:` the model is patched inside, and as it was after."""
+    if is_patched(model):
+        raise NotSupportedError("the model is already optimized; fastllm.restore(model) first")
+    report = optimize(model, *args, **{**kwargs, "keep": True})
+    try:
+        yield report
+    finally:
+        restore(model)

@@ -1,0 +1,63 @@
+"""What `optimize` refuses, and why. Every refusal happens before anything is changed."""
+
+from torch import nn
+
+from .plan import Plan
+
+
+class CoverageError(ValueError):
+    """Too few of the bytes that a token reads would be quantized: the model would hardly get faster."""
+
+
+class NotSupportedError(ValueError):
+    """The model is in a state that cannot be patched; the message says what to do."""
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
+def refuse_state(model: nn.Module) -> None:
+    """Raise NotSupportedError for a model that trains, is quantized by another library, or is not (all) in memory."""
+    if model.training:
+        raise NotSupportedError("the model is in training mode; call model.eval() first (quantized weights do not learn)")
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(method, "quant_method", None)
+    method = getattr(method, "value", method)
+    if method not in (None, "gguf"):  # transformers dequantizes GGUF files while loading
+        raise NotSupportedError(f"the model is already quantized by {method!r}; load the dense checkpoint, or dequantize it first")
+    for name, module in model.named_modules():
+        origin = type(module).__module__.partition(".")[0]
+        if origin in ("bitsandbytes", "gptqmodel", "auto_gptq", "awq", "hqq", "optimum", "compressed_tensors"):
+            raise NotSupportedError(f"{name} is already quantized by {origin}; load the dense checkpoint instead")
+        for part, p in module.named_parameters(recurse=False):
+            where = f"{name}.{part}" if name else part
+            if p.is_meta:
+                hook = getattr(module, "_hf_hook", None)
+                raise NotSupportedError(
+                    f"{where} is offloaded by accelerate; load the model with device_map={{'': device}} so that it is in memory"
+                    if getattr(hook, "offload", False)
+                    else f"{where} is on the meta device, without values; load the weights first"
+                )
+            if type(p) is not nn.Parameter:
+                raise NotSupportedError(
+                    f"{where} is a {type(p).__name__}, not a plain parameter: already quantized (torchao, bitsandbytes) or "
+                    "sharded; load the dense checkpoint on one device instead"
+                )
+
+
+def refuse_coverage(plan: Plan, min_coverage: float, model: nn.Module) -> None:
+    """Raise CoverageError if the plan reaches less than `min_coverage` of the bytes read per token."""
+    if plan.coverage >= min_coverage:
+        return
+    left = sorted((d for d in plan.decisions if d.format is None and d.before), key=lambda d: -d.before)[:3]
+    rest = "; ".join(
+        f"{d.name} ({_size(d.before)}{': ' + d.reason if d.reason else ''}{', ' + d.remedy if d.remedy else ''})" for d in left
+    )
+    raise CoverageError(
+        f"only {plan.coverage:.1%} of the {_size(plan.before)} that {type(model).__name__} reads per token would be quantized, "
+        f"below min_coverage={min_coverage:.0%}. Largest left: {rest or 'nothing'}. Pass min_coverage=0 to patch the rest anyway."
+    )

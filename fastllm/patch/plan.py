@@ -1,0 +1,192 @@
+"""What `optimize` would do to a model: one decision for each weight, found by structure, never by model name."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..formats import IntFormat, parse_format
+from ..nn import QuantExperts, QuantLinear
+from ..nn.experts import is_experts, up_name
+from ..ops import LAYOUTS, choose_layout
+
+Patterns = str | Iterable[str]
+SMALLEST = 16  # outputs; a classifier of a few classes is nothing to read and much to lose
+
+
+@dataclass
+class Decision:
+    """One module: what it is, the bytes of it that a token reads, and what is to be done with it."""
+
+    name: str
+    kind: str  # linear | conv1d | head | experts | embedding | other
+    before: int  # bytes read per token, now
+    after: int
+    layers: int = 1
+    format: IntFormat | None = None  # None: left alone
+    runs: str = ""  # the kernel
+    reason: str = ""  # why it is left alone
+    remedy: str = ""
+
+    @property
+    def part(self) -> str:
+        """The row of the report that it belongs to: the name with the layer numbers, and the last step, taken out."""
+        if self.kind in ("head", "embedding", "experts"):
+            return re.sub(r"\.\d+\.", ".*.", self.name)
+        return re.sub(r"\.\d+\.", ".*.", self.name.rpartition(".")[0] or self.name)
+
+
+@dataclass
+class Plan:
+    decisions: list[Decision] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> list[Decision]:
+        return [d for d in self.decisions if d.format is not None]
+
+    @property
+    def skipped(self) -> list[Decision]:
+        return [d for d in self.decisions if d.format is None and d.reason]
+
+    @property
+    def before(self) -> int:
+        return sum(d.before for d in self.decisions)
+
+    @property
+    def after(self) -> int:
+        return sum(d.after for d in self.decisions)
+
+    @property
+    def coverage(self) -> float:
+        """The share of the bytes read per token that belongs to weights chosen."""
+        return sum(d.before for d in self.chosen) / max(1, self.before)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`: a linear layer whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+def _matches(name: str, patterns: Patterns) -> bool:
+    return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def _top_k(config: object) -> int | None:
+    """Experts used per token, by the names that configs have for it."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts", "top_k")
+    return next((k for n in names if isinstance(k := getattr(text, n, None), int)), None)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+
+
+class Planner:
+    """Walks a model once. The arguments are those of `optimize`."""
+
+    def __init__(
+        self,
+        weights: str | IntFormat | Mapping[str, str | IntFormat | None],
+        group_size: int | None,
+        lm_head: str | IntFormat | bool | None,
+        include: Patterns,
+        exclude: Patterns,
+    ):
+        self.include, self.exclude = include, exclude
+        table = dict(weights) if isinstance(weights, Mapping) else {"*": weights}
+        self.table = {pattern: None if f is None else parse_format(f, group_size) for pattern, f in table.items()}
+        self.mapped = isinstance(weights, Mapping)
+        self.lm_head = parse_format(lm_head) if isinstance(lm_head, (str, IntFormat)) else lm_head
+
+    def plan(self, model: nn.Module) -> Plan:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        plan, seen = Plan(), set()
+        for name, module in model.named_modules():
+            if module is not head and all(id(p) in seen for p in module.parameters(recurse=False)):
+                continue  # no weight of its own
+            seen.update(id(p) for p in module.parameters(recurse=False))
+            plan.decisions.append(self._decide(name, module, module is head, model))
+        return plan
+
+    def _decide(self, name: str, module: nn.Module, is_head: bool, model: nn.Module) -> Decision:
+        size = _bytes(module)
+        if isinstance(module, nn.Embedding) and not is_head:
+            row = size // max(1, module.num_embeddings)
+            return Decision(name, "embedding", row, row)
+        if is_experts(module):
+            return self._experts(name, module, getattr(model, "config", None))
+        linear = type(module) is nn.Linear or is_conv1d(module)
+        if not linear:
+            return self._leave(Decision(name, "other", size, size), *self._why_other(module))
+        kind = "head" if is_head else "conv1d" if is_conv1d(module) else "linear"
+        decision = Decision(name, kind, size, size)
+        format, reason, remedy = self._format(name, is_head)
+        weight = module.weight
+        N, K = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+        if format is not None and N < SMALLEST:
+            format, reason, remedy = None, f"{N} outputs: too small to matter", "name it in weights={...} to insist"
+            format = self.table.get(name)
+        if format is None:
+            return self._leave(decision, reason, remedy)
+        decision.after = self._take(decision, format, N, K, weight, 1, getattr(module, "bias", None) is not None)
+        return decision
+
+    def _take(
+        self, decision: Decision, format: IntFormat, N: int, K: int, weight: nn.Parameter, count: int, bias: bool
+    ) -> int:
+        """Choose `format` for `count` weights [N, K]; return the bytes that they will have."""
+        layout, _ = choose_layout(format, N, K, weight.dtype, weight.device)
+        decision.format = format
+        decision.runs = f"{format.name}, {LAYOUTS[layout.name].runs}"
+        return count * (format.bytes(N, K, weight.element_size()) + bias * N * weight.element_size())
+
+    def _experts(self, name: str, module: nn.Module, config: object) -> Decision:
+        up, down = getattr(module, up_name(module)), module.down_proj
+        count, top_k = len(up), _top_k(config)
+        share = min(1.0, (top_k or count) / count)
+        size = _bytes(module)
+        decision = Decision(name, "experts", int(size * share), int(size * share), layers=count)
+        format, reason, remedy = self._format(name, False)
+        if format is None:
+            return self._leave(decision, reason, remedy)
+        total = 0
+        for w in (up, down):
+            N, K = (w.shape[2], w.shape[1]) if module.is_transposed else (w.shape[1], w.shape[2])
+            total += self._take(decision, format, N, K, w, count, module.has_bias)
+        decision.after = int(total * share)
+        return decision
+
+    def _format(self, name: str, is_head: bool) -> tuple[IntFormat | None, str, str]:
+        """(format or None, why not, what to do about it)."""
+        if not _matches(name, self.include):
+            return None, f"does not match include={self.include!r}", "widen include="
+        if _matches(name, self.exclude):
+            return None, f"matches exclude={self.exclude!r}", "narrow exclude="
+        if is_head and self.lm_head is not None and self.lm_head is not True:
+            if self.lm_head is False:
+                return None, "lm_head=False", 'pass lm_head="int8"'
+            return self.lm_head, "", ""
+        for pattern, format in self.table.items():
+            if fnmatchcase(name, pattern):
+                # the head decides between all words at once: one scale per word at 8 bits is the safe choice
+                small_head = is_head and not self.mapped and format is not None and self.lm_head is None
+                return (IntFormat(8) if small_head else format), "weights= says to leave it", "change weights="
+        return None, "matches no pattern of weights=", "add one, or '*'"
+
+    def _why_other(self, module: nn.Module) -> tuple[str, str]:
+        if isinstance(module, (QuantLinear, QuantExperts)):
+            return "already quantized by fastllm", "fastllm.restore(model) first"
+        if isinstance(module, nn.Linear):
+            return f"{type(module).__name__} is a subclass of Linear with behaviour of its own", "replace it by an nn.Linear"
+        wide = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        if wide:
+            what = f"{', '.join(wide)}: 3-D weights that are not declared as transformers declares experts"
+            return what, "quantize the model before fusing its experts"
+        return "", ""
+
+    def _leave(self, decision: Decision, reason: str, remedy: str) -> Decision:
+        decision.reason, decision.remedy = reason, remedy
+        return decision

@@ -1,0 +1,102 @@
+"""Data-free quantizers: from a dense weight to a `QuantizedWeight`, in row chunks of bounded memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .formats import IntFormat, QuantizedWeight, pack_bits, pack_zero_point
+
+CHUNK = 1 << 20  # weights quantized at a time: the float32 scratch then stays near the caches
+
+Rounder = Callable[[Tensor, Tensor, IntFormat, torch.dtype], tuple[Tensor, Tensor]]
+
+
+def _round(w: Tensor, scale: Tensor, zero: Tensor, format: IntFormat) -> Tensor:
+    """float [n, G, group] -> the nearest representable q, as float."""
+    return (w / scale).add_(zero).round_().clamp_(0, 2**format.bits - 1)
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as it reads back after rounding to `dtype`; a row of zeros gets the smallest normal number."""
+    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+
+
+def _rtn(w: Tensor, mask: Tensor, format: IntFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round to nearest: the scale spans the group's range. w float [n, G, group] -> scale, zero [n, G, 1]."""
+    levels = 2**format.bits - 1
+    if format.symmetric:
+        scale = _storable(w.abs().amax(-1, keepdim=True) * (2 / levels), dtype)
+        return scale, torch.full_like(scale, format.middle)
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    scale = _storable((high - low) / levels, dtype)
+    return scale, (-low / scale).round().clamp(0, levels)
+
+
+def _hqq(w: Tensor, mask: Tensor, format: IntFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Half-quadratic quantization: minimise sum |w - (q - z) s|**p by alternating over a sparse error and (s, z).
+
+    Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023. They solve for a float zero
+    point at a fixed scale; zero points are stored as integers here, so the scale is solved for as well. The best pair
+    seen is kept, round-to-nearest's first: no group ends up with a larger error than it had.
+    """
+    p, beta, steps = 0.7, 10.0, 12
+    scale, zero = _rtn(w, mask, format, dtype)
+    best_scale, best_zero, best = scale, zero, None
+    size = w.abs().mean(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    for _ in range(steps):
+        q = _round(w, scale, zero, format)
+        error = (w - (q - zero) * scale).mul_(mask)
+        loss = error.square().sum(-1, keepdim=True)
+        if best is None:
+            best = loss
+        else:
+            better = loss < best
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+            best = torch.minimum(loss, best)
+        # the proximal step of |e|**p, in units of the group's mean weight so that one beta fits every layer
+        magnitude = (error.abs() / size).clamp_(min=1e-8)
+        sparse = error.sign() * (magnitude - magnitude.pow(p - 1) / beta).clamp_(min=0) * size
+        target = w - sparse
+        if not format.symmetric:
+            zero = (q - target / scale).mul_(mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+            zero = zero.round_().clamp_(0, 2**format.bits - 1)
+        centred = (q - zero).mul_(mask)
+        energy = centred.square().sum(-1, keepdim=True)
+        solved = (target * centred).sum(-1, keepdim=True) / energy.clamp(min=1)
+        scale = torch.where((energy > 0) & (solved > 0), _storable(solved, dtype), scale)
+        beta *= 1.05
+    return best_scale, best_zero
+
+
+QUANTIZERS: dict[str, Rounder] = {"rtn": _rtn, "hqq": _hqq}
+
+
+def quantize(w: Tensor, format: IntFormat, method: str = "hqq", dtype: torch.dtype | None = None) -> QuantizedWeight:
+    """Quantize w [N, K], any float dtype, to `format`; scales are stored in `dtype` (default: w's own).
+
+    method: "rtn" (round to nearest) or "hqq" (half-quadratic: slower, a smaller error in every group).
+    Raises ValueError for a wrong rank or dtype, NaN or infinity, or an unknown method.
+    """
+    if method not in QUANTIZERS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(QUANTIZERS)}")
+    if w.ndim != 2 or not w.is_floating_point():
+        raise ValueError(f"a weight must be a floating-point matrix [N, K], got {w.dtype} {list(w.shape)}")
+    dtype = dtype or w.dtype
+    (N, K), group, G = w.shape, format.group_of(w.shape[1]), format.groups(w.shape[1])
+    packed = torch.empty(N, format.words(K), dtype=torch.int32, device=w.device)
+    scales = torch.empty(N, G, dtype=dtype, device=w.device)
+    zeros = torch.empty(N, G, dtype=torch.uint8, device=w.device)
+    mask = (torch.arange(G * group, device=w.device) < K).float().view(G, group)
+    rows = max(1, CHUNK // K)
+    for start in range(0, N, rows):
+        chunk = w[start : start + rows].float()
+        bad = chunk.numel() - int(chunk.isfinite().sum())
+        if bad:
+            raise ValueError(f"the weight has {bad} values that are NaN or infinite in rows {start} to {start + len(chunk) - 1}")
+        chunk = torch.nn.functional.pad(chunk, (0, G * group - K)).view(-1, G, group)
+        scale, zero = QUANTIZERS[method](chunk, mask, format, dtype)
+        q = _round(chunk, scale, zero, format).to(torch.uint8).view(-1, G * group)[:, :K]
+        here = slice(start, start + len(chunk))
+        packed[here], scales[here], zeros[here] = pack_bits(q, format.bits), scale[..., 0], zero[..., 0]
+    return QuantizedWeight(packed, scales, None if format.symmetric else pack_zero_point(zeros, format.bits))
