@@ -21,7 +21,7 @@ LINK = ROOT / "fastllm/kernels"
 
 # A part imports itself and parts of earlier rows, nothing else.
 LAYERS = [
-    {"kernels", "formats"},
+    {"kernels", "formats", "progress", "data"},
     {"quantizers"},
     {"ops"},
     {"nn"},
@@ -199,8 +199,10 @@ def test_the_wheel_holds_fastllm_and_nothing_else(wheel: Path) -> None:
     files = {info.filename: info for info in zipfile.ZipFile(wheel).infolist()}
     assert {name.split("/")[0].split("-")[0] for name in files} == {"fastllm", "fastllm_kernels"}
     assert (LINK / "quant_matmul.py").read_bytes() == zipfile.ZipFile(wheel).read("fastllm/kernels/quant_matmul.py")
-    ours = {f"fastllm/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert {name for name in files if name.startswith("fastllm/kernels/")} == ours
+    folders = (ROOT / "fastllm").rglob("*"), (ROOT / "kernels").glob("*")
+    ours = {path.relative_to(ROOT) for folder in folders for path in folder if path.is_file()}
+    wanted = {f"fastllm/{path}" if path.parts[0] == "kernels" else str(path) for path in ours if path.suffix != ".pyc"}
+    assert {name for name in files if name.startswith("fastllm/")} == wanted
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Loading a GGUF file as a Hugging Face model with its tokenizer: `load_gguf(path)`.
 
-transformers knows how to name and reshape the tensors, and does so here. Its reader builds several Python objects for each of the
-vocabulary's entries, two or three times a load, and its Gemma tokenizer is a Unigram one, which cuts text differently: so the
-header is read by `gguf_header`, the tokenizer built by `gguf_tokenizer`, and transformers is shown a header without vocabulary.
+transformers knows how to name and reshape the tensors, and does so here. Its reader builds several Python objects for
+each of the vocabulary's entries, two or three times a load, and its Gemma tokenizer is a Unigram one, which cuts text
+differently: so the header is read by `gguf_header`, the tokenizer built by `gguf_tokenizer`, and transformers is shown
+a header without vocabulary.
 """
 
 import struct
@@ -28,8 +29,9 @@ def load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model and tokenizer of the GGUF file `path`; weights dequantized to `dtype`, on the CPU, in evaluation mode.
 
-    Both save with `save_pretrained` as any other model. Raises FileNotFoundError; ImportError where the `gguf` package is missing;
-    ValueError for what is not a complete, single-file GGUF of a supported architecture and tokenizer, or lacks a weight.
+    Both save with `save_pretrained` as any other model. Raises FileNotFoundError; ImportError where the `gguf` package
+    is missing; ValueError for what is not a complete, single-file GGUF of a supported architecture and tokenizer, or
+    lacks a weight.
     """
     _require_gguf()
     header = read_header(path)
@@ -50,7 +52,7 @@ def _check(header: Header) -> None:
     """Raise ValueError for split files, unknown tensor types, and tensors that reach beyond the end of the file."""
     parts = header.metadata.get("split.count", 1)
     if parts > 1:
-        raise ValueError(f"{header.path} is one of {parts} parts; join them with llama.cpp's `llama-gguf-split --merge`")
+        raise ValueError(f"{header.path} is one of {parts}: join them with llama.cpp's `llama-gguf-split --merge`")
     for info in header.tensors:
         end = info.offset + _bytes(info, header)
         if end > header.size:
@@ -68,7 +70,7 @@ def _bytes(info: TensorInfo, header: Header) -> int:
     block, size = GGML_QUANT_SIZES[kind]
     if not info.shape or info.shape[-1] % block:
         raise ValueError(
-            f"{header.path}: tensor {info.name!r} of shape {info.shape} does not divide into {kind.name} blocks of {block}"
+            f"{header.path}: tensor {info.name!r}, {info.shape}, does not divide into {kind.name} blocks of {block}"
         )
     elements = 1
     for length in info.shape:  # Python integers: hostile shapes must not wrap around
@@ -116,7 +118,7 @@ def _load_weights(header: Header, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _config(header: Header) -> dict[str, Any]:
-    """The model configuration that transformers derives from the header, as keyword arguments of `AutoConfig.for_model`."""
+    """The configuration that transformers derives from the header, as keyword arguments of `AutoConfig.for_model`."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +131,7 @@ def _config(header: Header) -> dict[str, Any]:
 
 
 def _header_without_vocabulary(header: Header) -> bytes:
-    """A GGUF file with the keys of `header` but one token, and its tensor names on one number each (the rest is not looked at)."""
+    """A GGUF file with the keys of `header` but one token, and its tensor names, all on one number (nobody looks)."""
 
     def string(text: str) -> bytes:
         encoded = text.encode()
@@ -145,7 +147,7 @@ def _header_without_vocabulary(header: Header) -> bytes:
 def _state_dict(
     header: Header, settings: dict[str, Any], skeleton: PreTrainedModel, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of the file under its name in `skeleton`, in `dtype`; warns of tensors that the model has no place for."""
+    """Every tensor of the file in `dtype`, under its name in `skeleton`; warns of those that have no place there."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=settings)
@@ -183,5 +185,5 @@ def _dequantize(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
         try:
             values[rows] = dequantize(blocks[rows].reshape(1, -1), kind).reshape(-1, block)
         except NotImplementedError as error:
-            raise ValueError(f"tensor {info.name!r} is {kind.name}, which the gguf package cannot dequantize") from error
+            raise ValueError(f"tensor {info.name!r} is {kind.name}, which gguf cannot dequantize") from error
     return values.reshape(info.shape)

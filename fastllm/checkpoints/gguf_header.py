@@ -1,8 +1,9 @@
 """Reading the header of a GGUF file: metadata and tensor table, as hostile input, in well under a second.
 
-Layout (little endian; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic "GGUF", version u32, tensor count u64,
-key count u64; per key: name, value type u32, value; per tensor: name, dimension count u32, dimensions u64 (fastest first),
-ggml type u32, offset u64 from the data section; padding to `general.alignment`; the data section. A string is u64 length + UTF-8.
+Layout (little endian; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic "GGUF", version u32, tensor
+count u64, key count u64; per key: name, value type u32, value; per tensor: name, dimension count u32, dimensions u64
+(fastest first), ggml type u32, offset u64 from the data section; padding to `general.alignment`; the data section. A
+string is u64 length + UTF-8.
 """
 
 import mmap
@@ -52,7 +53,8 @@ class Header:
 def read_header(path: str | PathLike[str]) -> Header:
     """The header of the GGUF file `path`; no weight is read.
 
-    Raises FileNotFoundError, and ValueError for what is not a GGUF file of version 2 or 3, is cut short, or contradicts itself.
+    Raises FileNotFoundError, and ValueError for what is not a GGUF file of version 2 or 3, is cut short, or
+    contradicts itself.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -90,7 +92,8 @@ class _Cursor:
                 raw[key] = self.buffer[start : self.position]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise ValueError(f"{self.path}: general.alignment is {alignment!r}, not a power of two up to {MAX_ALIGNMENT}")
+            limit = f"not a power of two up to {MAX_ALIGNMENT}"
+            raise ValueError(f"{self.path}: general.alignment is {alignment!r}, {limit}")
         if not isinstance(metadata.get("general.architecture"), str):
             raise ValueError(f"{self.path}: no general.architecture in the metadata")
         tensors = self.tensors(tensor_count, alignment)

@@ -1,8 +1,9 @@
 """The tokenizer of a GGUF file, from its metadata alone (keys `tokenizer.*`, see the GGUF specification).
 
-Two kinds are supported. "llama" is SentencePiece BPE: tokens with scores, no merge list; adjacent symbols merge while their
-concatenation is a token, the best score first (Kudo and Richardson 2018), so the merges can be written out from the scores.
-"gpt2" is byte-level BPE: the merge list is stored, the splitting regular expression is only named (`tokenizer.ggml.pre`).
+Two kinds are supported. "llama" is SentencePiece BPE: tokens with scores, no merge list; adjacent symbols merge while
+their concatenation is a token, the best score first (Kudo and Richardson 2018), so the merges can be written out from
+the scores. "gpt2" is byte-level BPE: the merge list is stored, the splitting regular expression is only named
+(`tokenizer.ggml.pre`).
 """
 
 from collections.abc import Sequence
@@ -24,10 +25,10 @@ OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclass(frozen=True)
 class Split:
-    """How a byte-level tokenizer cuts text before merging: `pattern` None is GPT-2's own; `digits` cuts at every digit first."""
+    """How a byte-level tokenizer cuts text before merging."""
 
-    pattern: str | None = None
-    digits: bool = False
+    pattern: str | None = None  # None: GPT-2's own
+    digits: bool = False  # cut at every digit first
     nfc: bool = False
     ignore_merges: bool = False  # a whole piece that is a token is taken as it is
     add_bos: bool = False  # where the file does not say
@@ -44,9 +45,10 @@ SPLITS = {
 def build_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer that `metadata` (of `read_header`) describes, ready for `save_pretrained`.
 
-    Control tokens are special; user-defined ones match verbatim before any merging. The beginning- and end-of-sequence tokens
-    are added as the file says (default: beginning for "llama"). Raises ValueError for an unsupported kind, naming those that
-    are, and for missing or contradictory keys.
+    Control tokens are special; user-defined ones match verbatim before any merging. Where the file asks for a space in
+    front of the text, each piece of text after such a token gets one as well, as in llama.cpp. The beginning- and
+    end-of-sequence tokens are added as the file says (default: beginning for "llama"). Raises ValueError for an
+    unsupported kind, naming those that are, and for missing or contradictory keys.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in MODELS:
@@ -61,14 +63,15 @@ def build_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
         ]
     )
     bos, eos = vocabulary.special("bos"), vocabulary.special("eos")
-    add_bos = kind == "llama" or vocabulary.split.add_bos
-    before = [bos] if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", add_bos) else []
-    after = [eos] if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False) else []
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or vocabulary.split.add_bos)
+    before = {"bos": bos} if bos is not None and add_bos else {}
+    after = {"eos": eos} if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False) else {}
     if before or after:
+        first = [f"{part}:0" for part in (*before, "$A", *after)]
+        second = [f"{part}:1" for part in (*before, "$B", *after)]
+        added = [{"id": role, "ids": [vocabulary.ids[t]], "tokens": [t]} for role, t in {**before, **after}.items()]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
-            special_tokens=[(token, vocabulary.ids[token]) for token in {*before, *after}],
+            single=first, pair=first + second, special_tokens=added
         )
     extra: dict[str, Any] = {}
     context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
@@ -111,7 +114,7 @@ class _Vocabulary:
     def array(self, name: str, element: type) -> list[Any]:
         """The array `tokenizer.ggml.<name>`, or an empty list."""
         values = self.metadata.get(f"tokenizer.ggml.{name}", [])
-        if not isinstance(values, list) or (values and not isinstance(values[0], element)):  # GGUF arrays are of one type
+        if not isinstance(values, list) or (values and not isinstance(values[0], element)):  # arrays have one type
             raise ValueError(f"tokenizer.ggml.{name} is not an array of {element.__name__}")
         return values
 
@@ -146,8 +149,8 @@ def merges_from_scores(
 ) -> list[tuple[str, str]]:
     """Every way to write a token as two tokens, best score of the result first; only normal tokens take part.
 
-    The two halves of one token have the same score whichever way it is cut, so among these any order is faithful; the longer
-    left half comes first, as in the tokenizer files that are published for such models.
+    The two halves of one token have the same score whichever way it is cut, so among these any order is faithful; the
+    longer left half comes first, as in the tokenizer files that are published for such models.
     """
     normal = {
         token: score

@@ -14,13 +14,13 @@ ROWS = 32  # positions whose logits are in float32 at a time: 32 x 262 144 value
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value` = exp(`nll`); `nll` is the mean over `tokens` scored tokens, in nats; `windows` windows of `window` tokens were read."""
+    """A perplexity and what it was measured on."""
 
-    value: float
-    nll: float
-    tokens: int
+    value: float  # exp(nll)
+    nll: float  # mean negative log-likelihood of the scored tokens, in nats
+    tokens: int  # scored: windows * (window - 1)
     windows: int
-    window: int
+    window: int  # tokens
 
 
 @torch.inference_mode()
@@ -36,17 +36,19 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of `model` (any Hugging Face causal language model) on `text`.
 
-    Protocol: the text is tokenized whole, without special tokens, and cut into consecutive windows of `window` tokens that do not
-    overlap; a last, shorter one is left out. In each window the first token is replaced by `bos`, where there is one, and the other
-    window - 1 tokens are scored, each given all before it in the window. With log-probabilities p from a float32 log-softmax,
-    value = exp(-sum p / (windows * (window - 1))). Figures compare only at equal text, tokenizer, `window` and `windows`.
+    Protocol: the text is tokenized whole, without special tokens, and cut into consecutive windows of `window` tokens
+    that do not overlap; a last, shorter one is left out. In each window the first token is replaced by `bos`, where
+    there is one, and the other window - 1 tokens are scored, each given all before it in the window. With
+    log-probabilities p from a float32 log-softmax, value = exp(-sum p / (windows * (window - 1))). Figures compare
+    only at equal text, tokenizer, `window` and `windows`.
 
-    `text` is a string, with its `tokenizer`, or token ids: integers [T]. `windows` limits the count to the first so many. `bos` is
-    a token id, None for none, or "auto": the tokenizer's, else (ids without a tokenizer) the model configuration's. `progress` is
-    called with (windows done, windows in all). A model that yields NaN has a NaN perplexity.
+    `text` is a string, with its `tokenizer`, or token ids: integers [T]. `windows` limits the count to the first so
+    many. `bos` is a token id, None for none, or "auto": the tokenizer's, else (ids without a tokenizer) the model
+    configuration's. `progress` is called with (windows done, windows in all). A model that yields NaN has a NaN
+    perplexity.
 
-    Raises TypeError for ids that are not integers or a string without tokenizer; ValueError for a text shorter than asked for,
-    ids outside the vocabulary, a window beyond the model's positions, and a model in training mode.
+    Raises TypeError for ids that are not integers or a string without tokenizer; ValueError for a text shorter than
+    asked for, ids outside the vocabulary, a window beyond the model's positions, and a model in training mode.
     """
     tokens = _tokens(text, tokenizer)
     config = model.config.get_text_config()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import IntFormat, QuantizedWeight, check, dequantize, parse_format
-from ..ops import LAYOUTS, choose_layout
+from ..ops import LAYOUTS, choose_layout, quant_matmul
 from ..quantizers import quantize
 
 
@@ -24,6 +24,7 @@ class QuantLinear(nn.Module):
     # tensor-parallel plans of transformers shard plain local tensors, in `_parameters`
     _hf_quantized_needs_local_tp = True
 
+    transposed = False  # whether the layer it replaces stores its weight as [in, out]
     weight_scale: Tensor
     weight_packed: Tensor
     weight_zero_point: Tensor | None
@@ -65,7 +66,9 @@ class QuantLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             weight = weight.t()
         packed = quantize(weight, format, method or ("hqq" if format.bits == 4 else "rtn"))
-        return cls(packed, (weight.shape[0], weight.shape[1]), format, linear.bias)
+        layer = cls(packed, (weight.shape[0], weight.shape[1]), format, linear.bias)
+        layer.transposed = not isinstance(linear, nn.Linear)
+        return layer
 
     @classmethod
     def empty(
@@ -136,7 +139,7 @@ class QuantLinear(nn.Module):
         self._parameters["weight_packed"] = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.fastllm.quant_matmul(
+        return quant_matmul(
             x,
             self.weight_packed,
             self._scale,

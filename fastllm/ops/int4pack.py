@@ -111,6 +111,6 @@ class Int4Pack(Layout):
             return self.by_chunks(x, p, N, bits, group, dtype).to(x.dtype)
         cols = 2 * p.w.shape[1]
         xs = x.to(dtype)
-        xs = (pad(xs, (0, cols - K)) if cols != K else xs).contiguous()
+        xs = xs.contiguous() if cols == K else pad(xs, (0, cols - K))
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(xs, p.w, cols // len(p.scale), p.scale)
-        return y[:, :N].to(x.dtype)
+        return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)

@@ -74,10 +74,11 @@ class Int8Rows(Layout):
             step = self.step(xs.shape[1])
             y = torch.cat([linear(xs, p.w[start : start + step].to(xs.dtype)) for start in range(0, len(p.w), step)], 1)
         elif p.scale.dtype == xs.dtype:
-            return torch.ops.aten._weight_int8pack_mm(xs, p.w, p.scale)[:, :N].to(x.dtype)
+            y = torch.ops.aten._weight_int8pack_mm(xs, p.w, p.scale)
+            return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)
         else:  # rounding the scale to the operator's dtype would cost as much as the quantization does
             y = torch.ops.aten._weight_int8pack_mm(xs, p.w, xs.new_ones(len(p.w)))
-        return (y.to(x.dtype) * p.scale.to(x.dtype))[:, :N]
+        return (y.to(x.dtype) * p.scale.to(x.dtype))[:, :N].contiguous()
 
 
 class Int8Blocks(Layout):

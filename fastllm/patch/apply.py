@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,14 +75,13 @@ def optimize(
     ids = probe(model, prompt)
     before = outputs(model, ids)
     patch = Patch(report)
-    try:
+    with ExitStack() as on_failure:
+        on_failure.callback(_undo, model, patch)
         for decision in track(plan.chosen, "quantizing", [d.before for d in plan.chosen], quiet):
             _replace(model, decision, patch, method)
         patch.hook = SaveHook.attach(model)
         report.accuracy = agreement(before, outputs(model, ids), report.has_vocabulary, real=prompt is not None)
-    except BaseException:
-        _undo(model, patch)
-        raise
+        on_failure.pop_all()
     report.memory_after = memory(model)
     if not keep:
         patch.originals.clear()

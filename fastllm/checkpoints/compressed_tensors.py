@@ -1,0 +1,213 @@
+"""The `pack-quantized` format of compressed-tensors: which layer has which scheme, in `config.json`.
+
+Source: https://github.com/vllm-project/compressed-tensors. A layer `name` of weight [N, K] is stored as
+`name.weight_packed`, `.weight_scale`, `.weight_zero_point` (see `fastllm.formats.QuantizedWeight`) and
+`.weight_shape`, int64 [2] = (N, K). `quantization_config` in config.json says which layers, by groups of targets.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..formats import IntFormat, QuantizedWeight
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+EXPERTS = r"re:.*\.experts\..*"
+SMALLEST_GROUP = 8
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or of a kind that cannot be read; the message names the layer and the numbers."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one layer is stored: as an `IntFormat`, but with any group size, which divides K."""
+
+    bits: int
+    group: int | None
+    symmetric: bool
+
+    @classmethod
+    def storing(cls, format: IntFormat, *Ks: int) -> "Scheme | None":
+        """The scheme that stores rows of every length in `Ks` without loss; None if there is none.
+
+        Readers insist that the group divides K. A short last group is written as smaller groups with repeated scales.
+        """
+        group = None if format.group is None else math.gcd(format.group, *Ks)
+        if group is not None and group < SMALLEST_GROUP:
+            return None
+        return cls(format.bits, group, format.symmetric)
+
+    def weights(self) -> dict[str, Any]:
+        """The `weights` entry of a config group."""
+        strategy = {"strategy": "channel"} if self.group is None else {"strategy": "group", "group_size": self.group}
+        return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **strategy}
+
+    def regroup(self, weight: QuantizedWeight, format: IntFormat, K: int) -> QuantizedWeight:
+        """`weight`, a [N, K] in `format`, with scales and zero points repeated for the groups of this scheme."""
+        if format.group is None or format.group == self.group:
+            return weight
+        assert self.group is not None
+
+        def repeat(t: Tensor) -> Tensor:
+            return t.repeat_interleave(format.group_of(K) // self.group, 1)[:, : K // self.group].contiguous()
+
+        zero = None if weight.zero_point is None else repeat(weight.zero_point)
+        return QuantizedWeight(weight.packed, repeat(weight.scale), zero)
+
+    def shapes(self, N: int, K: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each stored tensor of a weight [N, K]."""
+        G = 1 if self.group is None else K // self.group
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight_packed": (N, -(-K * self.bits // 32)),
+            "weight_scale": (N, G),
+            "weight_shape": (2,),
+        }
+        if not self.symmetric:
+            shapes["weight_zero_point"] = (-(-N * self.bits // 32), G)
+        return shapes
+
+    def __str__(self) -> str:
+        group = "per channel" if self.group is None else f"groups of {self.group}"
+        return f"int{self.bits}, {group}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+def build_config(
+    layers: Mapping[str, Scheme], experts: Scheme | None, dense: Iterable[str], prefix: str
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint.
+
+    layers:  the scheme of each linear layer
+    experts: the one scheme of all mixture experts, None if there are none
+    dense:   names of linear layers that are not quantized
+    prefix:  what a task model puts before the names of its base model, such as "model"; both can load the checkpoint
+
+    The commonest scheme is that of every `Linear`; exceptions are named one by one, by patterns that never overlap.
+    """
+    schemes = list(layers.values())
+    ranked = sorted(set(schemes), key=lambda s: (-schemes.count(s), str(s)))
+    groups: list[tuple[list[str], Scheme]] = []
+    if experts is not None:
+        groups.append(([EXPERTS], experts))
+    for scheme in ranked[1:]:
+        groups.append(([_target(name, prefix) for name, s in layers.items() if s == scheme], scheme))
+    if ranked:
+        groups.append((["Linear"], ranked[0]))
+    config: dict[str, Any] = {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {"targets": targets, "weights": scheme.weights()}
+            for i, (targets, scheme) in enumerate(groups)
+        },
+        "ignore": sorted(_target(name, prefix) for name in dense),
+    }
+    if len(groups) == 1 and not groups[0][1].symmetric:
+        config["dequantize"] = True  # newer transformers refuse zero points otherwise
+    return config
+
+
+def _target(name: str, prefix: str) -> str:
+    """What names the layer `name`, whether the reader loads the base model or one with a task's head."""
+    if not prefix or not name.startswith(f"{prefix}."):
+        return name
+    return f"re:({re.escape(prefix)}\\.)?{re.escape(name.removeprefix(f'{prefix}.'))}$"
+
+
+class Stored:
+    """What a checkpoint's `quantization_config` says, once it is known to be of the kind that can be read."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        """Raises CheckpointError naming what is not supported, and what to do."""
+        _refuse(config)
+        self.ignore = [str(name) for name in config.get("ignore") or []]
+        self.groups: list[tuple[list[str], Scheme]] = []
+        for name, group in config["config_groups"].items():
+            self.groups.append(([str(t) for t in group.get("targets") or []], _read_scheme(name, group, config)))
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of the linear layer `name`, None if it is dense."""
+        if any(_matches(name, target) for target in self.ignore):
+            return None
+        ranked = sorted((_rank(target), target, i) for i, (targets, _) in enumerate(self.groups) for target in targets)
+        for _, target, i in ranked:
+            if _matches(name, target):
+                return self.groups[i][1]
+        return None
+
+    def experts(self) -> Scheme:
+        """The scheme of all mixture experts: readers take the group whose pattern speaks of experts, else the first."""
+        for targets, scheme in self.groups:
+            if any(t.startswith("re:") and "experts" in t for t in targets):
+                return scheme
+        return next(
+            (s for targets, s in self.groups if any(not t.startswith("re:") for t in targets)), self.groups[0][1]
+        )
+
+
+def _rank(target: str) -> int:
+    """Names before patterns before classes."""
+    return 1 if target.startswith("re:") else 2 if target == "Linear" else 0
+
+
+def _matches(name: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target in (name, "Linear")
+
+
+def _refuse(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless `config` describes packed integer weights and nothing else."""
+    found = [
+        what
+        for bad, what in (
+            (config.get("format", FORMAT) != FORMAT, f"format {config.get('format')!r}"),
+            ((config.get("sparsity_config") or {}).get("format", "dense") != "dense", "a sparsity_config"),
+            (config.get("kv_cache_scheme") is not None, "a quantized KV cache (kv_cache_scheme)"),
+            (bool(config.get("transform_config")), "transforms (transform_config)"),
+            (not isinstance(config.get("config_groups"), Mapping) or not config["config_groups"], "no config_groups"),
+        )
+        if bad
+    ]
+    if found:
+        raise CheckpointError(
+            f"compressed-tensors checkpoint with {' and '.join(found)}: only {FORMAT!r} weights (4 or 8 bits, by group "
+            "or channel) are read; load it with transformers' AutoModel, which needs the compressed-tensors package"
+        )
+
+
+def _read_scheme(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
+    weights = group.get("weights") or {}
+    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    strategy = strategy or ("group" if isinstance(size, int) and size > 0 else "channel")
+    activations = [k for k in ("input_activations", "output_activations") if group.get(k)]
+    found = [
+        what
+        for bad, what in (
+            (not weights, "no weights"),
+            (bool(activations), f"quantized activations ({', '.join(activations)})"),
+            (group.get("format") not in (None, FORMAT), f"format {group.get('format')!r}"),
+            (weights.get("type", "int") != "int", f"type {weights.get('type')!r}"),
+            (bits not in (4, 8), f"num_bits {bits!r}"),
+            (strategy not in ("group", "channel"), f"strategy {strategy!r}"),
+            (strategy == "group" and not (type(size) is int and size > 0), f"group_size {size!r}"),
+            (
+                weights.get("actorder") not in (None, False, "weight", "static"),
+                f"actorder {weights.get('actorder')!r}",
+            ),
+            (bool(weights.get("dynamic")), "dynamic weights"),
+        )
+        if bad
+    ]
+    if found:
+        raise CheckpointError(
+            f"config_groups.{name} has {' and '.join(found)}: only integer weights of 4 or 8 bits, by group or channel, in "
+            "their original order are read; load it with transformers' AutoModel, or quantize the dense checkpoint again"
+        )
+    return Scheme(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))

@@ -1,0 +1,287 @@
+"""`SaveHook`: `save_pretrained` of a model with packed layers writes a compressed-tensors checkpoint.
+
+transformers asks `model.hf_quantizer` for the tensors to write. What the format can hold is stored packed, to the bit;
+what it cannot is stored dense, with one warning.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers import HfQuantizer
+
+from ..formats import QuantizedWeight, dequantize
+from ..nn import QuantExperts, QuantLinear
+from ..nn.experts import up_name
+from .compressed_tensors import Scheme, build_config
+from .names import Names, expert_weights, without
+
+MISSING = object()
+
+
+class Storage:
+    """How each packed layer of a model is to be stored."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.names = Names(model)
+        self.prefix, self.is_base = model.base_model_prefix, model.base_model is model
+        self.linears: dict[str, tuple[QuantLinear, Scheme | None]] = {}
+        self.experts: dict[str, QuantExperts] = {}
+        self.dense: list[str] = []  # linear layers, and matrices that a reader may take for one
+        self.why: dict[str, str] = {}  # reasons to store a packed layer dense
+        self.fused: list[str] = []  # 3-D weights of experts that are stored as they are in memory
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if inside and name.startswith(inside):
+                continue
+            if isinstance(module, QuantExperts):
+                self.experts[name] = module
+                inside += (f"{name}.",)
+            elif isinstance(module, QuantLinear):
+                self.linears[name] = module, self._scheme(name, module)
+            elif _is_matrix(module):
+                self.dense.append(name)
+            else:
+                self.fused += expert_weights(name, module)
+        self.experts_scheme = self._experts_scheme()
+        self.fused += [
+            w for name in self.experts if name in self.why for w in expert_weights(name, self.experts[name])
+        ]
+        self.dense += [name for name, (_, scheme) in self.linears.items() if scheme is None]
+
+    def _scheme(self, name: str, layer: QuantLinear) -> Scheme | None:
+        scheme = Scheme.storing(layer.format, layer.in_features)
+        if layer.transposed:
+            self.why[name] = "its weight is [in, out], which the format does not know"
+        elif scheme is None:
+            self.why[name] = f"{layer.in_features} inputs do not divide into groups of {layer.format.group}"
+        elif self.names.converted(f"{name}.weight"):
+            self.why[name] = "its checkpoint name belongs to several weights"
+        else:
+            return scheme
+        return None
+
+    def _experts_scheme(self) -> Scheme | None:
+        if not self.experts:
+            return None
+        layers = [layer for module in self.experts.values() for layer in _layers(module)]
+        formats = {layer.format for layer in layers}
+        for name, module in self.experts.items():
+            if any(self.names.experts(*weight.rsplit(".", 1)) is None for weight in expert_weights(name, module)):
+                self.why[name] = "its experts have no checkpoint names of their own"
+        scheme = Scheme.storing(next(iter(formats)), *(layer.in_features for layer in layers))
+        if scheme is None:
+            self.why |= dict.fromkeys(self.experts, "the inputs do not divide into groups")
+        return scheme
+
+    def config(self) -> dict[str, Any]:
+        """The `quantization_config` of the checkpoint."""
+        base = f"{self.prefix}." if self.is_base and self.prefix else ""
+        layers = {base + name: scheme for name, (_, scheme) in self.linears.items() if scheme is not None}
+        experts = self.experts_scheme if any(name not in self.why for name in self.experts) else None
+        return build_config(layers, experts, [base + name for name in self.dense], self.prefix)
+
+    def refuse(self) -> None:
+        """Raise ValueError for what readers of the format would misread or refuse."""
+        schemes = {scheme for _, scheme in self.linears.values() if scheme is not None}
+        formats = {layer.format for m in self.experts.values() for layer in _layers(m)}
+        if len(formats) > 1:
+            found = ", ".join(sorted(f.name for f in formats))
+            raise ValueError(
+                f"the experts have several formats ({found}), but a compressed-tensors checkpoint holds one "
+                "for all of them; give every experts module the same format in weights={...}"
+            )
+        if not all(f.symmetric for f in formats):
+            raise ValueError(
+                "experts with zero points cannot be stored: no reader of the format loads them; "
+                'use a symmetric format for them, such as "int4-g64"'
+            )
+        schemes |= set() if self.experts_scheme is None else {self.experts_scheme}
+        if len(schemes) > 1 and not all(s.symmetric for s in schemes):
+            raise ValueError(
+                f"zero points next to a second scheme ({'; '.join(sorted(map(str, schemes)))}) cannot be stored: "
+                "stock transformers would misread them; use symmetric formats, or the same asymmetric one for every layer "
+                "and lm_head=False"
+            )
+
+    def warn(self) -> None:
+        """Warn once of all packed layers that are stored dense."""
+        size = 0
+        for name in self.why:
+            layers = [self.linears[name][0]] if name in self.linears else _layers(self.experts[name])
+            size += sum(n.out_features * n.in_features * n.weight_scale.element_size() for n in layers)
+        names = list(self.why)
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        reasons = "; ".join(sorted(set(self.why.values())))
+        warnings.warn(
+            f"{len(names)} packed layers are stored dense ({size / 1e6:.1f} MB): {shown}: {reasons}", stacklevel=4
+        )
+
+    def tensors(self, model: PreTrainedModel, untied: bool) -> dict[str, Tensor]:
+        """Every tensor to be written; no two of them share memory if `untied`."""
+        state = model.state_dict()
+        for name, (layer, scheme) in self.linears.items():
+            _store(state, name, layer, scheme)
+        for name, module in self.experts.items():
+            _store_experts(state, name, module, None if name in self.why else self.experts_scheme, self.names)
+        if untied:
+            seen: set[int] = set()
+            for name, tensor in state.items():
+                if tensor.data_ptr() in seen:
+                    state[name] = tensor.clone()
+                seen.add(tensor.data_ptr())
+        return state
+
+
+def _layers(experts: QuantExperts) -> list[QuantLinear]:
+    return [*experts.up, *experts.down]
+
+
+def _take(state: dict[str, Tensor], name: str) -> QuantizedWeight:
+    """Take the weight of the layer `name`, at rest, out of `state`."""
+    packed, scale = state.pop(f"{name}.weight_packed"), state.pop(f"{name}.weight_scale")
+    return QuantizedWeight(packed, scale, state.pop(f"{name}.weight_zero_point", None))
+
+
+def _put(state: dict[str, Tensor], name: str, weight: QuantizedWeight, shape: tuple[int, int]) -> None:
+    state[f"{name}.weight_packed"], state[f"{name}.weight_scale"] = weight.packed, weight.scale
+    state[f"{name}.weight_shape"] = torch.tensor(shape)
+    if weight.zero_point is not None:
+        state[f"{name}.weight_zero_point"] = weight.zero_point
+
+
+def _store(state: dict[str, Tensor], name: str, layer: QuantLinear, scheme: Scheme | None) -> None:
+    """Rewrite the entries of a layer in `state` as `scheme` has them; dense if it is None."""
+    weight = _take(state, name)
+    if scheme is not None:
+        _put(state, name, scheme.regroup(weight, layer.format, layer.in_features), layer.shape)
+        return
+    dense = dequantize(weight, layer.format, layer.shape, weight.scale.dtype)
+    state[f"{name}.weight"] = dense.t().contiguous() if layer.transposed else dense
+
+
+def _store_experts(
+    state: dict[str, Tensor], name: str, module: QuantExperts, scheme: Scheme | None, names: Names
+) -> None:
+    """Rewrite the entries of `module` in `state`: one layer for each expert and projection, or dense 3-D weights."""
+    for inner in [key for key in state if key.startswith(f"{name}.shell.")]:
+        state[f"{name}.{inner.removeprefix(f'{name}.shell.')}"] = state.pop(inner)
+    for which, layers, target in (("up", module.up, up_name(module.shell)), ("down", module.down, "down_proj")):
+        patterns = names.experts(name, target) or []
+        dense = []
+        for i, layer in enumerate(layers):
+            weight, (N, K) = _take(state, f"{name}.{which}.{i}"), layer.shape
+            if scheme is None:
+                w = dequantize(weight, layer.format, layer.shape, weight.scale.dtype)
+                dense.append(w.t() if module.shell.is_transposed else w)
+                continue
+            weight = scheme.regroup(weight, layer.format, K)
+            rows = N // len(patterns)
+            for part, pattern in enumerate(patterns):
+                here = slice(part * rows, (part + 1) * rows)
+                half = QuantizedWeight(weight.packed[here].clone(), weight.scale[here].clone())
+                _put(state, pattern.replace("*", str(i)), half, (rows, K))
+        if dense:
+            state[f"{name}.{target}"] = torch.stack(dense)
+        if module.shell.has_bias:
+            state[f"{name}.{target}_bias"] = torch.stack(
+                [state.pop(f"{name}.{which}.{i}.bias") for i in range(len(layers))]
+            )
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """A linear layer, or what may look like one to a reader (a router): never to be taken for a packed layer."""
+    if isinstance(module, nn.Linear):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+class SaveHook(HfQuantizer):
+    """What `save_pretrained` asks for tensors. `attach` puts it on a model, `detach` takes it away without a trace."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.quantization_config: Any = None
+        self.pre_quantized = True
+        self._model = model
+        self._undo: list[tuple[Any, str, Any]] = []
+        self._untied = False
+
+    @classmethod
+    def attach(cls, model: PreTrainedModel) -> "SaveHook":
+        """Let `model` be saved with its packed layers. Its config tells their formats; a packed head is not tied."""
+        hook = cls(model)
+        if not isinstance(model, PreTrainedModel):
+            return hook
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                hook._set(module, "hf_quantizer", hook)
+        hook._untie()
+        hook._set(model.config, "quantization_config", Storage(model).config())
+        return hook
+
+    def detach(self) -> None:
+        """Put every attribute back as it was."""
+        while self._undo:
+            _put_back(*self._undo.pop())
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        if not any(o is owner and n == name for o, n, _ in self._undo):
+            self._undo.append((owner, name, owner.__dict__.get(name, MISSING)))
+        setattr(owner, name, value)
+
+    def _untie(self) -> None:
+        """A packed head shares nothing with the embedding: whoever reads the checkpoint must not tie them."""
+        head = self._model.get_output_embeddings()
+        if not isinstance(head, QuantLinear):
+            return
+        for config in (self._model.config, self._model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                self._set(config, "tie_word_embeddings", False)
+                self._untied = True
+        for module in self._model.modules():
+            if self._untied and getattr(module, "all_tied_weights_keys", None):
+                self._set(module, "all_tied_weights_keys", {})
+
+    # what transformers calls
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters on top
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(the tensors to write for `model`, which may be a part of the whole; no metadata). Updates its config."""
+        storage = Storage(model)
+        storage.refuse()
+        for owner, name, old in self._undo:  # a part that was saved before is no checkpoint of its own any more
+            if name == "quantization_config" and owner is not model.config and owner is not self._model.config:
+                _put_back(owner, name, old)
+        self._set(model.config, "quantization_config", storage.config())
+        if storage.fused:
+            conversions = model.__dict__.get("_weight_conversions") or get_model_conversion_mapping(
+                model, add_legacy=False
+            )
+            self._set(model, "_weight_conversions", without(conversions, storage.fused))
+        if storage.why:
+            storage.warn()
+        return storage.tensors(model, self._untied), {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        raise NotImplementedError("fastllm.restore(model) gives the original weights back")
+
+
+def _put_back(owner: Any, name: str, old: Any) -> None:
+    if old is MISSING:
+        owner.__dict__.pop(name, None)
+    else:
+        setattr(owner, name, old)

@@ -1,0 +1,110 @@
+"""What several commands share: their options, loading a model with its tokenizer, optimizing it as the options say."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..patch import Report
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory, a .gguf file, or a name on the Hugging Face hub")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's (GGUF: bfloat16)")
+    parser.add_argument("--device", help="such as cpu or cuda:1; default: the GPU if there is one, else the CPU")
+
+
+def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise: str) -> None:
+    parser.add_argument("--weights", default=default, metavar="FORMAT", help=f"int4, int8, int4-g64, ...; {otherwise}")
+    parser.add_argument("--group-size", type=int, metavar="N", help="weights per scale; -1: one scale per channel")
+    parser.add_argument("--method", choices=("rtn", "hqq"), help="how to round; default: hqq for int4, rtn for int8")
+    parser.add_argument("--lm-head", metavar="FORMAT", help="format of the output head, or `none`; default: int8")
+    parser.add_argument("--include", action="append", metavar="PATTERN", help="only these modules (may be repeated)")
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="not these modules (may be repeated)")
+    parser.add_argument(
+        "--min-coverage", type=float, default=0.5, metavar="SHARE", help="least share of the bytes to quantize (%(default)s)"
+    )
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of `args.model`, in evaluation mode on `args.device`. Quantized checkpoints stay packed.
+
+    Raises OSError or ValueError for what is not a model, ValueError for a device that is not there.
+    """
+    import torch
+    from transformers.utils import logging
+
+    device = _device(args.device)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.model.endswith(".gguf"):
+        from ..checkpoints.gguf import load_gguf
+
+        model, tokenizer = load_gguf(args.model, dtype or torch.bfloat16)
+    else:
+        from transformers import AutoTokenizer
+
+        from ..checkpoints import load as load_checkpoint
+
+        _refuse_missing(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)  # first: it fails at once
+        model = load_checkpoint(args.model, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def _refuse_missing(name: str) -> None:
+    """A path that is not there would be looked up on the hub, and the complaint would be about a name."""
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if looks_like_path and not Path(name).exists():
+        raise FileNotFoundError(f"there is no directory {name}")
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def optimize(model: Any, args: argparse.Namespace, weights: str, **more: Any) -> "Report":
+    """`fastllm.optimize` with the options of `add_weights`; the originals are freed."""
+    from ..patch import optimize as patch
+
+    return patch(
+        model,
+        weights,
+        group_size=args.group_size,
+        method=args.method,
+        lm_head=False if args.lm_head == "none" else args.lm_head,
+        include=args.include or "*",
+        exclude=args.exclude or (),
+        min_coverage=args.min_coverage,
+        keep=False,
+        **more,
+    )
+
+
+def is_quantized(model: Any) -> bool:
+    from ..nn import QuantExperts, QuantLinear
+
+    return any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules())
+
+
+def encode(tokenizer: Any, text: str) -> "Tensor":
+    """Token ids [1, T] of `text`, with the special tokens that the tokenizer puts around it."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ValueError("the prompt has no tokens")
+    return ids
