@@ -42,7 +42,9 @@ class IntFormat:
         if self.bits not in (4, 8):
             raise ValueError(f"bits={self.bits}: 4 and 8 are supported")
         if self.group is not None and (self.group < 32 or self.group % 32):
-            raise ValueError(f"group_size={self.group} is not a multiple of 32; use 32, 64, 128, 256 or per channel (-1)")
+            raise ValueError(
+                f"group_size={self.group} is not a multiple of 32; use 32, 64, 128, 256 or per channel (-1)"
+            )
 
     @property
     def name(self) -> str:
@@ -172,5 +174,12 @@ def check(weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int], na
                 f"{name}_{part} has shape {list(tensor.shape)}, but {format.name} of [{N}, {K}] needs {list(want_shape)}: "
                 "the checkpoint is damaged or its quantization_config names another format"
             )
-        if want_dtype is not None and tensor.dtype != want_dtype or want_dtype is None and not tensor.is_floating_point():
-            raise ValueError(f"{name}_{part} has dtype {tensor.dtype}, expected {want_dtype or 'a floating-point type'}")
+        if (
+            want_dtype is not None
+            and tensor.dtype != want_dtype
+            or want_dtype is None
+            and not tensor.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name}_{part} has dtype {tensor.dtype}, expected {want_dtype or 'a floating-point type'}"
+            )

@@ -26,7 +26,8 @@ def _rtn(w: Tensor, mask: Tensor, format: IntFormat, dtype: torch.dtype) -> tupl
     """Round to nearest: the scale spans the group's range. w float [n, G, group] -> scale, zero [n, G, 1]."""
     levels = 2**format.bits - 1
     if format.symmetric:
-        scale = _storable(w.abs().amax(-1, keepdim=True) * (2 / levels), dtype)
+        # the largest weight becomes 7 or -7: clipping it, to use -8 as well, costs a language model more than it saves
+        scale = _storable(w.abs().amax(-1, keepdim=True) / (format.middle - 1), dtype)
         return scale, torch.full_like(scale, format.middle)
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     scale = _storable((high - low) / levels, dtype)
@@ -93,7 +94,9 @@ def quantize(w: Tensor, format: IntFormat, method: str = "hqq", dtype: torch.dty
         chunk = w[start : start + rows].float()
         bad = chunk.numel() - int(chunk.isfinite().sum())
         if bad:
-            raise ValueError(f"the weight has {bad} values that are NaN or infinite in rows {start} to {start + len(chunk) - 1}")
+            raise ValueError(
+                f"the weight has {bad} values that are NaN or infinite in rows {start} to {start + len(chunk) - 1}"
+            )
         chunk = torch.nn.functional.pad(chunk, (0, G * group - K)).view(-1, G, group)
         scale, zero = QUANTIZERS[method](chunk, mask, format, dtype)
         q = _round(chunk, scale, zero, format).to(torch.uint8).view(-1, G * group)[:, :K]

@@ -29,14 +29,17 @@ class Config(NamedTuple):
 def config(M: int, N: int, K: int, bits: int, group: int, fp32: bool = False) -> Config:
     """The tile for a problem: a pure function, so that nothing is tuned while a user waits.
 
-    `fp32` says that x is float32, which has no tensor cores at full precision: a small tile that fits in registers.
+    `fp32` says that x is float32, which tensor cores do not multiply at full precision. It gets a tile small enough
+    for plain registers, and so does a K whose rows start at odd addresses and must be read value by value.
     """
-    if fp32:
+    if fp32 or K % 16:
         BLOCK_N, BLOCK_M, num_warps, num_stages = 32, 16, 4, 2
     elif M <= 16:
         BLOCK_N, BLOCK_M, num_warps, num_stages = 64, 16, 4, 4
     elif M <= 32:
         BLOCK_N, BLOCK_M, num_warps, num_stages = 64, 32, 4, 4
+    elif M <= 64:
+        BLOCK_N, BLOCK_M, num_warps, num_stages = 64, 64, 4, 3
     else:
         BLOCK_N, BLOCK_M, num_warps, num_stages = 128, 64, 8, 3
     blocks = triton.cdiv(K, 128)
@@ -234,7 +237,8 @@ def quant_matmul(
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    x = x if x.stride(1) == 1 else x.contiguous()
+    if x.stride(1) != 1 or K % 16 == 0 and (x.stride(0) % 16 or x.data_ptr() % 16):  # rows are read 16 bytes at a time
+        x = x.clone(memory_format=torch.contiguous_format)
     fp32 = x.dtype == torch.float32
     tile = config(M, N, K, bits, group, fp32)
     w, stride_z, GROUP, RUN = _operands(w, zero, bits, group, K)
@@ -246,7 +250,7 @@ def quant_matmul(
             x, w, scale, zero, None if split else bias, out,
             M, N, K, tl.constexpr(steps) if _interpreted() else steps,  # NumPy 2.4 refuses a tensor as a loop's bound
             x.stride(0), w.stride(0), *scale.stride(), *stride_z,
-            BITS=bits, GROUP=GROUP, RUN=32 if fp32 else RUN, BLOCK_N=tile.BLOCK_N, BLOCK_M=tile.BLOCK_M,
+            BITS=bits, GROUP=GROUP, RUN=32 if fp32 or K % 16 else RUN, BLOCK_N=tile.BLOCK_N, BLOCK_M=tile.BLOCK_M,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if split:

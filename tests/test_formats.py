@@ -105,14 +105,18 @@ def test_what_is_not_finite_is_refused(value):
         quantize(w, FORMATS["int4-g32"])
 
 
-@pytest.mark.parametrize("w", [torch.zeros(8), torch.zeros(2, 2, 2), torch.zeros(4, 4, dtype=torch.int8)], ids=["1-D", "3-D", "int8"])
+@pytest.mark.parametrize(
+    "w", [torch.zeros(8), torch.zeros(2, 2, 2), torch.zeros(4, 4, dtype=torch.int8)], ids=["1-D", "3-D", "int8"]
+)
 def test_what_is_no_weight_is_refused(w):
     with pytest.raises(ValueError, match="floating-point matrix"):
         quantize(w, FORMATS["int8"])
 
 
 def test_names():
-    assert all(parse_format(name) == format and format.name == name for name, format in FORMATS.items() if "-g" in name)
+    assert all(
+        parse_format(name) == format and format.name == name for name, format in FORMATS.items() if "-g" in name
+    )
     assert parse_format("int4") == IntFormat(4, 128) and parse_format("int8") == IntFormat(8)
     assert parse_format("int4", group_size=64) == IntFormat(4, 64) and parse_format("int4", -1) == IntFormat(4)
     assert parse_format("int8-g32-asym") == IntFormat(8, 32, False) and parse_format("int4-channel") == IntFormat(4)

@@ -80,6 +80,8 @@ def test_a_loaded_model_can_be_saved(path: Path, tmp_path: Path, native: bool) -
     model, tokenizer = load_gguf(path)
     if native:
         model = _load_natively(read_header(path), torch.bfloat16)
+    assert getattr(model, "hf_quantizer", None) is None
+    assert getattr(model.config, "quantization_config", None) is None
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
@@ -159,7 +161,7 @@ def test_cut_anywhere(path: Path, tmp_path: Path) -> None:
     data = path.read_bytes()
     start = read_header(path).tensors[0].offset
     cut = tmp_path / "cut.gguf"
-    for length in [*range(4, start, 53), start, len(data) - 32 * 4 - 1, len(data) - 33]:
+    for length in [*range(4, start, 53), start, len(data) - 1000, len(data) - 1]:
         cut.write_bytes(data[:length])
         with pytest.raises(ValueError, match="is truncated"):
             load_gguf(cut)
@@ -238,5 +240,5 @@ def test_gemma(tmp_path: Path) -> None:
     model, tokenizer = load_gguf(package.assemble(tmp_path / "gemma.gguf"))
     assert tokenizer.tokenize("The capital of France is") == ["The", "▁capital", "▁of", "▁France", "▁is"]
     assert tokenizer("The capital of France is").input_ids[0] == tokenizer.bos_token_id == 2
-    assert tokenizer.decode(tokenizer(sample_text()).input_ids, skip_special_tokens=True) == sample_text()
+    assert tokenizer.decode(tokenizer(sample_text()).input_ids) == "<bos>" + sample_text()
     assert 33 < perplexity(model, sample_text(), tokenizer, windows=10).value < 36

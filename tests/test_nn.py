@@ -39,7 +39,9 @@ def test_parameters_are_those_of_the_public_format(layer):
     assert not any(p.requires_grad for p in layer.parameters())
     state = layer.state_dict()
     assert list(state) == names
-    assert state["weight_packed"].shape == (48, layer.format.words(200)) and state["weight_packed"].dtype == torch.int32
+    assert (
+        state["weight_packed"].shape == (48, layer.format.words(200)) and state["weight_packed"].dtype == torch.int32
+    )
 
 
 def test_a_copy_a_pickle_and_a_loaded_layer_are_equal(layer):
@@ -89,7 +91,10 @@ def test_one_copy_of_the_weight(device):
     for format in ("int4-g128", "int8"):
         layer = QuantLinear.from_linear(linear, format, method="rtn")
         format = parse_format(format)
-        tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*layer.parameters(), *layer.buffers())}
+        tensors = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in (*layer.parameters(), *layer.buffers())
+        }
         scales = 512 * format.groups(1024) * 2
         assert sum(tensors.values()) <= format.bytes(512, 1024) + 3 * scales
         assert layer.nbytes <= format.bytes(512, 1024) + 2 * scales

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastllm.data import sample_text
-from fastllm.diagnose import perplexity as module
-from fastllm.diagnose.perplexity import Perplexity, perplexity
+from fastllm.diagnose.perplexity import Perplexity, _exp, _negative_log_likelihood, perplexity
 
 VOCABULARY, BOS = 101, 7
 
@@ -97,17 +96,17 @@ def test_a_certain_model_has_perplexity_one() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 15, 16, 1000])
-def test_chunks_do_not_change_the_value(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_the_value(rows: int) -> None:
     logits, ids = torch.randn(16, VOCABULARY, generator=torch.Generator().manual_seed(2)), some_tokens(16)
     whole = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
-    assert module._negative_log_likelihood(logits, ids, rows) == pytest.approx(whole, rel=1e-6)
+    assert _negative_log_likelihood(logits, ids, rows) == pytest.approx(whole, rel=1e-6)
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:
     logits, ids = torch.randn(16, 5000, generator=torch.Generator().manual_seed(2)) * 3, torch.arange(16)
     half = logits.bfloat16()
     exact = torch.nn.functional.cross_entropy(half[:-1].double(), ids[1:], reduction="sum").item()
-    assert module._negative_log_likelihood(half, ids) == pytest.approx(exact, rel=1e-6)
+    assert _negative_log_likelihood(half, ids) == pytest.approx(exact, rel=1e-6)
     coarse = torch.nn.functional.cross_entropy(half[:-1], ids[1:], reduction="sum").item()
     assert coarse != pytest.approx(exact, rel=1e-6)  # so the line above has told the two apart
 
@@ -162,7 +161,7 @@ def test_nan_and_infinity_are_not_hidden() -> None:
     model, tokens = tiny_model(), some_tokens(32)
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     assert math.isnan(perplexity(model, tokens, window=16).value)
-    assert module._exp(1000.0) == math.inf and module._exp(1.0) == math.e
+    assert _exp(1000.0) == math.inf and _exp(1.0) == math.e
 
 
 ERRORS = {

@@ -133,7 +133,9 @@ def test_every_shape_of_x(format, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format, layout", [("int4-g32", None), ("int8", None), ("int8", "int8blocks"), ("int8-g64", None)])
+@pytest.mark.parametrize(
+    "format, layout", [("int4-g32", None), ("int8", None), ("int8", "int8blocks"), ("int8-g64", None)]
+)
 def test_gradient(format, layout, dtype, device):
     format, (N, K) = FORMATS[format], (96, 160)
     if layout and layout not in layouts(format, N, K, dtype, device):
@@ -147,7 +149,9 @@ def test_gradient(format, layout, dtype, device):
     assert_close(bias.grad, grad.double().sum((0, 1)), *bounds("rest", dtype), dtype=dtype)
 
 
-@pytest.mark.parametrize("format, layout", [("int4-g32", None), ("int8", None), ("int8", "int8blocks"), ("int8-g64", "rest")])
+@pytest.mark.parametrize(
+    "format, layout", [("int4-g32", None), ("int8", None), ("int8", "int8blocks"), ("int8-g64", "rest")]
+)
 def test_opcheck_and_compile(format, layout, device):
     format, (N, K) = FORMATS[format], (64, 128)
     if layout and layout not in layouts(format, N, K, torch.bfloat16, device):

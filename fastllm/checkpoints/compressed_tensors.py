@@ -50,12 +50,12 @@ class Scheme:
 
     def regroup(self, weight: QuantizedWeight, format: IntFormat, K: int) -> QuantizedWeight:
         """`weight`, a [N, K] in `format`, with scales and zero points repeated for the groups of this scheme."""
-        if format.group is None or format.group == self.group:
+        if format.group is None or self.group is None or format.group == self.group:
             return weight
-        assert self.group is not None
+        times, G = format.group // self.group, K // self.group
 
         def repeat(t: Tensor) -> Tensor:
-            return t.repeat_interleave(format.group_of(K) // self.group, 1)[:, : K // self.group].contiguous()
+            return t.repeat_interleave(times, 1)[:, :G].contiguous()
 
         zero = None if weight.zero_point is None else repeat(weight.zero_point)
         return QuantizedWeight(weight.packed, repeat(weight.scale), zero)
@@ -79,8 +79,8 @@ class Scheme:
 
 def build_config(
     layers: Mapping[str, Scheme], experts: Scheme | None, dense: Iterable[str], prefix: str
-) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint.
+) -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint, None if nothing in it is packed.
 
     layers:  the scheme of each linear layer
     experts: the one scheme of all mixture experts, None if there are none
@@ -98,6 +98,8 @@ def build_config(
         groups.append(([_target(name, prefix) for name, s in layers.items() if s == scheme], scheme))
     if ranked:
         groups.append((["Linear"], ranked[0]))
+    if not groups:
+        return None
     config: dict[str, Any] = {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -142,7 +144,7 @@ class Stored:
         return None
 
     def experts(self) -> Scheme:
-        """The scheme of all mixture experts: readers take the group whose pattern speaks of experts, else the first."""
+        """The scheme of all mixture experts: readers take the group with a pattern for experts, else the first."""
         for targets, scheme in self.groups:
             if any(t.startswith("re:") and "experts" in t for t in targets):
                 return scheme
@@ -177,14 +179,15 @@ def _refuse(config: Mapping[str, Any]) -> None:
     ]
     if found:
         raise CheckpointError(
-            f"compressed-tensors checkpoint with {' and '.join(found)}: only {FORMAT!r} weights (4 or 8 bits, by group "
-            "or channel) are read; load it with transformers' AutoModel, which needs the compressed-tensors package"
+            f"compressed-tensors checkpoint with {' and '.join(found)}: only {FORMAT!r} weights (4 or 8 bits, by "
+            "group or channel) are read; load it with transformers, which needs the compressed-tensors package"
         )
 
 
 def _read_scheme(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
     weights = group.get("weights") or {}
-    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    bits: Any = weights.get("num_bits")
+    strategy, size = weights.get("strategy"), weights.get("group_size")
     strategy = strategy or ("group" if isinstance(size, int) and size > 0 else "channel")
     activations = [k for k in ("input_activations", "output_activations") if group.get(k)]
     found = [
@@ -207,7 +210,7 @@ def _read_scheme(name: str, group: Mapping[str, Any], config: Mapping[str, Any])
     ]
     if found:
         raise CheckpointError(
-            f"config_groups.{name} has {' and '.join(found)}: only integer weights of 4 or 8 bits, by group or channel, in "
-            "their original order are read; load it with transformers' AutoModel, or quantize the dense checkpoint again"
+            f"config_groups.{name} has {' and '.join(found)}: only integer weights of 4 or 8 bits, by group or "
+            "channel, in their original order are read; load it with transformers, or quantize the dense checkpoint"
         )
     return Scheme(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))

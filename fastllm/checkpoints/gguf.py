@@ -9,6 +9,7 @@ a header without vocabulary.
 import struct
 import tempfile
 import warnings
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,14 @@ def load_gguf(
 
 
 def _require_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError("GGUF files need the `gguf` package: pip install 'fastllm-kernels[demo]'") from error
+    if find_spec("gguf") is None:
+        raise ImportError("GGUF files need the `gguf` package: pip install 'fastllm-kernels[demo]'")
 
 
 def _check(header: Header) -> None:
     """Raise ValueError for split files, unknown tensor types, and tensors that reach beyond the end of the file."""
     parts = header.metadata.get("split.count", 1)
-    if parts > 1:
+    if not isinstance(parts, int) or parts > 1:
         raise ValueError(f"{header.path} is one of {parts}: join them with llama.cpp's `llama-gguf-split --merge`")
     for info in header.tensors:
         end = info.offset + _bytes(info, header)
@@ -88,17 +87,11 @@ def _read_by_transformers(header: Header) -> bool:
 def _load_natively(header: Header, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        header.path.parent,
-        gguf_file=header.path.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
+    # Without dequantize=True the model counts as quantized even where nothing is, and save_pretrained refuses it.
+    settings = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        header.path.parent, gguf_file=header.path.name, dtype=dtype, quantization_config=settings
     )
-    # Nothing is quantized any more, but save_pretrained refuses as long as these say so.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model
 
 
 def _load_weights(header: Header, dtype: torch.dtype) -> PreTrainedModel:
@@ -151,7 +144,7 @@ def _state_dict(
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=settings)
-    names = get_gguf_hf_weights_map(skeleton, processor)
+    names = get_gguf_hf_weights_map(_Names(skeleton), processor)
     parsed: dict[str, Any] = {"tensors": {}, "config": settings}
     tensors: dict[str, torch.Tensor] = parsed["tensors"]  # processors of expert tensors write here themselves
     unused: list[str] = []
@@ -166,6 +159,23 @@ def _state_dict(
     if unused:
         warnings.warn(f"{header.path}: {len(unused)} tensors are not used: {unused[:8]}", stacklevel=4)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+class _Names:
+    """What `get_gguf_hf_weights_map` asks of a model, down to its children and no deeper.
+
+    It builds a table of all names anew for every module, seconds in all, where below the children no name can match.
+    """
+
+    def __init__(self, module: torch.nn.Module, children: bool = True) -> None:
+        self.module, self.children = module, children
+        self.config = getattr(module, "config", None)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.module.state_dict()
+
+    def named_children(self) -> list[tuple[str, "_Names"]]:
+        return [(name, _Names(child, False)) for name, child in self.module.named_children()] if self.children else []
 
 
 def _dequantize(raw: np.ndarray, info: TensorInfo) -> np.ndarray:

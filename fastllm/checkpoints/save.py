@@ -77,8 +77,8 @@ class Storage:
             self.why |= dict.fromkeys(self.experts, "the inputs do not divide into groups")
         return scheme
 
-    def config(self) -> dict[str, Any]:
-        """The `quantization_config` of the checkpoint."""
+    def config(self) -> dict[str, Any] | None:
+        """The `quantization_config` of the checkpoint, None if nothing in it is packed."""
         base = f"{self.prefix}." if self.is_base and self.prefix else ""
         layers = {base + name: scheme for name, (_, scheme) in self.linears.items() if scheme is not None}
         experts = self.experts_scheme if any(name not in self.why for name in self.experts) else None
@@ -103,8 +103,8 @@ class Storage:
         if len(schemes) > 1 and not all(s.symmetric for s in schemes):
             raise ValueError(
                 f"zero points next to a second scheme ({'; '.join(sorted(map(str, schemes)))}) cannot be stored: "
-                "stock transformers would misread them; use symmetric formats, or the same asymmetric one for every layer "
-                "and lm_head=False"
+                "stock transformers would misread them; use symmetric formats, or the same asymmetric one for every "
+                "layer and lm_head=False"
             )
 
     def warn(self) -> None:
@@ -169,7 +169,8 @@ def _store_experts(
     """Rewrite the entries of `module` in `state`: one layer for each expert and projection, or dense 3-D weights."""
     for inner in [key for key in state if key.startswith(f"{name}.shell.")]:
         state[f"{name}.{inner.removeprefix(f'{name}.shell.')}"] = state.pop(inner)
-    for which, layers, target in (("up", module.up, up_name(module.shell)), ("down", module.down, "down_proj")):
+    for which, target in (("up", up_name(module.shell)), ("down", "down_proj")):
+        layers: Any = getattr(module, which)
         patterns = names.experts(name, target) or []
         dense = []
         for i, layer in enumerate(layers):
@@ -220,7 +221,7 @@ class SaveHook(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 hook._set(module, "hf_quantizer", hook)
         hook._untie()
-        hook._set(model.config, "quantization_config", Storage(model).config())
+        hook._describe(model, Storage(model))
         return hook
 
     def detach(self) -> None:
@@ -232,6 +233,12 @@ class SaveHook(HfQuantizer):
         if not any(o is owner and n == name for o, n, _ in self._undo):
             self._undo.append((owner, name, owner.__dict__.get(name, MISSING)))
         setattr(owner, name, value)
+
+    def _describe(self, model: PreTrainedModel, storage: Storage) -> None:
+        config = storage.config()
+        self._set(model.config, "quantization_config", config)
+        if config is None:
+            del model.config.quantization_config
 
     def _untie(self) -> None:
         """A packed head shares nothing with the embedding: whoever reads the checkpoint must not tie them."""
@@ -266,7 +273,7 @@ class SaveHook(HfQuantizer):
         for owner, name, old in self._undo:  # a part that was saved before is no checkpoint of its own any more
             if name == "quantization_config" and owner is not model.config and owner is not self._model.config:
                 _put_back(owner, name, old)
-        self._set(model.config, "quantization_config", storage.config())
+        self._describe(model, storage)
         if storage.fused:
             conversions = model.__dict__.get("_weight_conversions") or get_model_conversion_mapping(
                 model, add_legacy=False

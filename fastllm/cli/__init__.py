@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import __version__
 
-COMMANDS = ("run", "optimize", "evaluate", "env", "demo")  # one module each: HELP, add_arguments(parser), execute(args)
+# one module each, with HELP, add_arguments(parser) and execute(args)
+COMMANDS = ("run", "optimize", "evaluate", "env", "demo")
 
 
 def parser() -> argparse.ArgumentParser:

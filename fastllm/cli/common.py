@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..patch import Report
 
 DTYPES = ("bfloat16", "float16", "float32")
+FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]  # of a model on the hub; not its other copies
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +28,8 @@ def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise:
     parser.add_argument("--lm-head", metavar="FORMAT", help="format of the output head, or `none`; default: int8")
     parser.add_argument("--include", action="append", metavar="PATTERN", help="only these modules (may be repeated)")
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="not these modules (may be repeated)")
-    parser.add_argument(
-        "--min-coverage", type=float, default=0.5, metavar="SHARE", help="least share of the bytes to quantize (%(default)s)"
-    )
+    least = "least share of the bytes to quantize (default: %(default)s)"
+    parser.add_argument("--min-coverage", type=float, default=0.5, metavar="SHARE", help=least)
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -51,19 +51,27 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     else:
         from transformers import AutoTokenizer
 
-        from ..checkpoints import load as load_checkpoint
+        from ..checkpoints.load import load as load_checkpoint
 
-        _refuse_missing(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)  # first: it fails at once
-        model = load_checkpoint(args.model, dtype=dtype)
+        folder = _folder(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)  # first: it fails at once
+        model = load_checkpoint(folder, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 
-def _refuse_missing(name: str) -> None:
-    """A path that is not there would be looked up on the hub, and the complaint would be about a name."""
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
-    if looks_like_path and not Path(name).exists():
-        raise FileNotFoundError(f"there is no directory {name}")
+def _folder(name: str) -> Path:
+    """The directory `name`, or that of the hub's model of this name in the cache, where it is brought if need be.
+
+    A path that is not there is not looked up on the hub: the complaint would be about a name.
+    """
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") != 1
+    if Path(name).is_dir() or looks_like_path:
+        if not Path(name).exists():
+            raise FileNotFoundError(f"there is no directory {name}")
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=FILES))
 
 
 def _device(name: str | None) -> Any:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 HELP = "versions, devices, and which kernels can run here"
-PACKAGES = (
-    ("fastllm-kernels", "torch", "triton", "transformers", "numpy", "safetensors", "tokenizers", "accelerate")
-    + ("compressed-tensors", "gguf", "peft", "torchao", "bitsandbytes")
-)
+REQUIRED = ("fastllm-kernels", "torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
+OPTIONAL = ("accelerate", "compressed-tensors", "gguf", "peft", "torchao", "bitsandbytes")
 EXAMPLES = ("int4", "int8")  # formats, of a weight as below
 N, K = 4096, 4096
 
@@ -29,7 +27,8 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         if name != "gpus":
             print(f"{name:20} {', '.join(value) if isinstance(value, list) else value}")
     for index, gpu in enumerate(found["machine"]["gpus"]):
-        print(f"{f'cuda:{index}':20} {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, compute capability {gpu['capability']}")
+        size = f"{gpu['memory'] / 2**30:.0f} GiB"
+        print(f"{f'cuda:{index}':20} {gpu['name']}, {size}, compute capability {gpu['capability']}")
     for device, formats in found["layouts"].items():
         for format, rows in formats.items():
             print(f"\n{format} [{N}, {K}] in bfloat16 on {device}; the first that can run is taken")
@@ -40,7 +39,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in REQUIRED + OPTIONAL:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

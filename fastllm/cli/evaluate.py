@@ -12,9 +12,11 @@ HELP = "perplexity of a model on a text"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_weights(parser, None, "default: the model as it is")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="default: the beginning of WikiText-2's validation set")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="default: the beginning of WikiText-2, validation set"
+    )
     parser.add_argument("--windows", type=int, metavar="N", help="read only the first N windows; default: all")
-    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens in a window (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens in each (default: %(default)s)")
 
 
 def execute(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,6 +40,6 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
 def describe(name: str, found: Any) -> str:
     """The protocol of a `Perplexity`, in a sentence."""
     return (
-        f"{name}, {found.windows} windows of {found.window} tokens without overlap, the first token of each replaced by the "
-        f"beginning-of-sequence token where there is one; {found.tokens} tokens scored by a float32 log-softmax"
+        f"{name}, {found.windows} windows of {found.window} tokens without overlap, the first of each replaced by "
+        f"the beginning-of-sequence token where there is one; {found.tokens} tokens scored by a float32 log-softmax"
     )

@@ -12,7 +12,7 @@ HELP = "quantize a model and save it"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="directory to write; may be left out with --dry-run")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="new directory; not needed for --dry-run")
     common.add_weights(parser, "int4", "default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be done")
 

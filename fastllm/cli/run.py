@@ -23,7 +23,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = common.load(args)
     quantized = common.is_quantized(model)
     if args.compare and (quantized or args.weights == "none"):
-        raise ValueError("--compare needs a dense model and --weights to compare it with")
+        raise ValueError("--compare needs a model that is not quantized yet, and --weights to quantize it")
     if quantized and args.weights not in (None, "none"):
         raise ValueError(f"{args.model} is quantized already; leave --weights out, or give the dense checkpoint")
     ids = common.encode(tokenizer, args.prompt)
@@ -50,7 +50,8 @@ def _run(label: str, model: Any, tokenizer: Any, ids: Any, new_tokens: int) -> d
 
     print(f"[{label}] {tokenizer.decode(ids[0], skip_special_tokens=True)}", end="", flush=True)
     done, size = generate(model, tokenizer, ids, new_tokens), bytes_per_token(model)
-    figures = {**asdict(done), "text": tokenizer.decode(done.tokens, skip_special_tokens=True), "bytes_per_token": size}
+    text = tokenizer.decode(done.tokens, skip_special_tokens=True)
+    figures = {**asdict(done), "text": text, "bytes_per_token": size}
     figures["gb_s"] = done.tok_s * size / 1e9 if done.tok_s else None
     speed = f"{done.tok_s:.1f} tok/s, {figures['gb_s']:.2f} GB/s of weights" if done.tok_s else "too short to time"
     print(f"[{label}] {len(done.tokens)} tokens, {speed}; the first after {done.first_s:.2f} s\n")

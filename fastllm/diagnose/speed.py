@@ -22,7 +22,7 @@ class Speed:
     """Batch 1, greedy. Times are wall-clock seconds.
 
     prefill_s:    median over the repeats of reading `prefill_tokens` tokens, up to the logits of the last one
-    decode_tok_s: 1 / the median step, where a step reads one token, with all before it in the cache, and yields the next
+    decode_tok_s: 1 / the median step, where a step reads one token, the others being in the cache, and yields the next
     step_s:       the quartiles of all steps; the first tells what the machine does when nothing disturbs it
     tokens:       the tokens chosen after the prompt; the same in each repeat, of which the last counts
     """
@@ -42,10 +42,10 @@ class Speed:
 
 
 def measure(model: PreTrainedModel, prompt_ids: Tensor, new_tokens: int = 32, repeats: int = 3) -> Speed:
-    """The speed of `model` after the prompt [1, T]: `repeats` prefills, each followed by `new_tokens` timed decode steps.
+    """The speed of `model` after the prompt [1, T]: `repeats` prefills, each followed by `new_tokens` timed steps.
 
-    The end-of-sequence token does not end it, so every model does the same work. Raises ValueError for a prompt that is
-    not one row of ids, counts below 1, a model in training mode, or a model that keeps no cache.
+    The end-of-sequence token does not end it, so every model does the same work. Raises ValueError for a prompt that
+    is not one row of ids, counts below 1, a model in training mode, or a model that keeps no cache.
     """
     return measure_alternating({"": model}, prompt_ids, new_tokens, repeats)[""]
 
@@ -53,7 +53,7 @@ def measure(model: PreTrainedModel, prompt_ids: Tensor, new_tokens: int = 32, re
 def measure_alternating(
     models: Mapping[str, PreTrainedModel], prompt_ids: Tensor, new_tokens: int = 32, repeats: int = 3
 ) -> dict[str, Speed]:
-    """`measure` for several models that take turns: A B, A B, ...; what disturbs the machine then disturbs all of them.
+    """`measure` for several models that take turns: A B, A B, ...; what disturbs the machine disturbs all of them.
 
     Only ratios between the results of one call are worth quoting.
     """
@@ -81,7 +81,7 @@ class Turn:
 
 @torch.inference_mode()
 def _turn(model: PreTrainedModel, prompt_ids: Tensor, new_tokens: int) -> Turn:
-    """One prefill and `new_tokens` steps. The token is fetched after each, as any loop that prints or stops must do."""
+    """One prefill and `new_tokens` steps. The token is fetched after each, as a loop that prints or stops must do."""
     known = inspect.signature(model.forward).parameters
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     ids = prompt_ids.to(model.device)
@@ -129,7 +129,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def peak_rss() -> int | None:
-    """The most memory that this process has held so far, in bytes, files mapped into it included; None where unknown."""
+    """The most memory that this process has held so far, in bytes, with mapped files; None where unknown."""
     return _status("VmHWM")
 
 

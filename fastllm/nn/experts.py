@@ -60,14 +60,19 @@ def agrees(experts: nn.Module) -> bool:
     count = getattr(experts, up_name(experts)).shape[0]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, weight.shape[1], generator=generator).to(weight)
-    index = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(4)]).to(weight.device)
+    index = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(4)]).to(
+        weight.device
+    )
     weights = torch.rand(index.shape, generator=generator).to(weight)
 
     def project(expert: int, which: str, x: Tensor) -> Tensor:
         return nn.functional.linear(x, *expert_weight(experts, which, expert))
 
     with torch.no_grad():
-        want, got = experts(hidden, index, weights).float(), mix(experts, project, count, hidden, index, weights).float()
+        want, got = (
+            experts(hidden, index, weights).float(),
+            mix(experts, project, count, hidden, index, weights).float(),
+        )
     return bool((got - want).norm() <= 0.02 * want.norm())
 
 
@@ -87,14 +92,20 @@ class QuantExperts(nn.Module):
     def from_experts(cls, experts: nn.Module, format: IntFormat, method: str | None = None) -> "QuantExperts":
         """Quantize each expert of a fused module (see `is_experts`). Raises ValueError if its layout is not understood."""
         if not agrees(experts):
-            raise ValueError(f"{type(experts).__name__} does not compute a gated sum of its experts as transformers defines it")
+            raise ValueError(
+                f"{type(experts).__name__} does not compute a gated sum of its experts as transformers defines it"
+            )
         method = method or ("hqq" if format.bits == 4 else "rtn")
         lists: dict[str, list[QuantLinear]] = {"up": [], "down": []}
         for which, layers in lists.items():
             for expert in range(len(experts.down_proj)):
                 weight, bias = expert_weight(experts, which, expert)
                 packed = quantize(weight.detach(), format, method)
-                layers.append(QuantLinear(packed, (weight.shape[0], weight.shape[1]), format, None if bias is None else bias.clone()))
+                layers.append(
+                    QuantLinear(
+                        packed, (weight.shape[0], weight.shape[1]), format, None if bias is None else bias.clone()
+                    )
+                )
         return cls(lists["up"], lists["down"], experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

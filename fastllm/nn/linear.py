@@ -47,7 +47,9 @@ class QuantLinear(nn.Module):
             ("weight_zero_point", weight.zero_point),
             ("bias", bias),
         ):
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False))
+            self.register_parameter(
+                name, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+            )
         self.register_buffer("_scale", None, persistent=False)
         self.register_buffer("_zero", None, persistent=False)
         self.layout = ""  # at rest
@@ -55,7 +57,11 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, format: str | IntFormat = "int4", method: str | None = None, group_size: int | None = None
+        cls,
+        linear: nn.Module,
+        format: str | IntFormat = "int4",
+        method: str | None = None,
+        group_size: int | None = None,
     ) -> "QuantLinear":
         """Quantize `linear` (an `nn.Linear`, or a transformers `Conv1D`, whose weight is [in, out]).
 

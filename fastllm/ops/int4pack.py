@@ -49,7 +49,10 @@ class Int4Pack(Layout):
             for bad, why in (
                 (device.type != "cpu", f"it runs on the CPU, not on {device.type}"),
                 (format.bits != 4, f"it holds 4-bit weights, not {format.bits}-bit"),
-                (not torch.backends.cpu.get_cpu_capability().startswith("AVX"), "the CPU has neither AVX2 nor AVX-512"),
+                (
+                    not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+                    "the CPU has neither AVX2 nor AVX-512",
+                ),
                 (format.group is None and K % 32 != 0, f"per channel, K={K} is not a multiple of 32"),
             )
             if bad
@@ -98,7 +101,9 @@ class Int4Pack(Layout):
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
         q = self._nibbles(p.w, rows)  # [cols, n]
         cols, n = q.shape
-        scale, zero = (t.contiguous() for t in p.scale[:, rows.start : rows.start + n].to(dtype).unbind(-1))  # [cols / g, n]
+        scale, zero = (
+            t.contiguous() for t in p.scale[:, rows.start : rows.start + n].to(dtype).unbind(-1)
+        )  # [cols / g, n]
         centred = q.view(torch.int8).sub_(8).view(len(scale), -1, n)
         wt = torch.mul(centred, scale[:, None], out=torch.empty(centred.shape, dtype=dtype))
         if p.zero is not None:

