@@ -43,7 +43,7 @@ class IntFormat:
             raise ValueError(f"bits={self.bits}: 4 and 8 are supported")
         if self.group is not None and (self.group < 32 or self.group % 32):
             raise ValueError(
-                f"group_size={self.group} is not a multiple of 32; use 32, 64, 128, 256 or per channel (-1)"
+                f"group_size={self.group} is not a multiple of 32; use 32, 64, 128, 256, or -1 (per channel)"
             )
 
     @property
@@ -171,15 +171,11 @@ def check(weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int], na
             continue
         if tuple(tensor.shape) != want_shape:
             raise ValueError(
-                f"{name}_{part} has shape {list(tensor.shape)}, but {format.name} of [{N}, {K}] needs {list(want_shape)}: "
+                f"{name}_{part} has shape {list(tensor.shape)}, but {format.name} of [{N}, {K}] needs "
+                f"{list(want_shape)}: "
                 "the checkpoint is damaged or its quantization_config names another format"
             )
-        if (
-            want_dtype is not None
-            and tensor.dtype != want_dtype
-            or want_dtype is None
-            and not tensor.is_floating_point()
-        ):
+        if not (tensor.is_floating_point() if want_dtype is None else tensor.dtype == want_dtype):
             raise ValueError(
                 f"{name}_{part} has dtype {tensor.dtype}, expected {want_dtype or 'a floating-point type'}"
             )

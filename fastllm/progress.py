@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, a plain line now and then elsewhere."""
+"""Sizes in words, and the progress of long work: a rich bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -7,6 +7,14 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def size(count: float) -> str:
+    """1234567 -> "1.23 MB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
 
 
 def track(items: Sequence[T], title: str, sizes: Sequence[int] | None = None, quiet: bool = False) -> Iterator[T]:

@@ -49,7 +49,7 @@ FAMILIES = {
 
 
 def build(family: str, dtype: torch.dtype = torch.bfloat16, every_expert: bool = False) -> PreTrainedModel:
-    """The model in eval mode. every_expert: a mixture sends each token to all, so that rounding cannot change a route."""
+    """The model in eval mode. every_expert: a token goes to all of them, so that rounding cannot change its route."""
     torch.manual_seed(0)
     auto = AutoModel if family == "bert" else AutoModelForCausalLM
     config = FAMILIES[family]()

@@ -442,7 +442,7 @@ def _measure(small: Path, large: Path, weights: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_the_packed_model_and_one_layer(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 8192}
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 8192}
     large, small = tmp_path / "large", tmp_path / "small"
     model = build("llama", **sizes)
     dense = sum(p.numel() * p.element_size() for p in model.parameters())

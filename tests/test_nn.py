@@ -183,7 +183,7 @@ def test_experts(transposed, bias, gate, device):
 
 def test_experts_that_do_something_else_are_refused():
     assert not agrees(Experts(skew=0.2))
-    with pytest.raises(ValueError, match="Experts does not compute a gated sum"):
+    with pytest.raises(ValueError, match="Experts does not compute the sum of its experts"):
         QuantExperts.from_experts(Experts(skew=0.2), FORMATS["int8"])
     assert not is_experts(nn.Linear(4, 4))
 

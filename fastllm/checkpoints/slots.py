@@ -41,7 +41,7 @@ class Slot(nn.Module):
     ):
         super().__init__()
         self.shape, self.dtype, self.scheme, self.dense, self.transposed = shape, dtype, scheme, dense, transposed
-        self.quantized: QuantizedWeight | None = None
+        self.quantized: list[QuantLinear] = []  # a list hides it from `modules()`
         if scheme is not None:
             for part, size in scheme.shapes(*shape).items():
                 self.register_parameter(part, _empty(size, PACKED.get(part, dtype)))
@@ -62,14 +62,11 @@ class Slot(nn.Module):
 
     def quantize(self, weight: Tensor, method: str | None) -> None:
         """Quantize the dense weight; it can then be freed."""
-        self.quantized = _quantize(weight.t() if self.transposed else weight, self.dense, method)
+        self.quantized = [_quantize(weight.t() if self.transposed else weight, self.dense, method)]
         self._parameters.pop("weight", None)
 
     def take(self, name: str) -> QuantizedWeight:
         """The weight as it was loaded, in memory of its own. Raises CheckpointError naming `name`."""
-        if self.quantized is not None:
-            weight, self.quantized = self.quantized, None
-            return weight
         if self.scheme is None:
             raise CheckpointError(f"{name}.weight is missing from the checkpoint: it is incomplete")
         parts: dict[str, Any] = {part: self._parameters.pop(part) for part in self.scheme.shapes(*self.shape)}
@@ -87,18 +84,24 @@ class Slot(nn.Module):
         return QuantizedWeight(packed, scale.detach().to(self.dtype), None if zero is None else zero.detach())
 
     def finish(self, name: str) -> QuantLinear:
-        weight, format = self.take(name), self.dense
-        if self.scheme is not None:
-            weight, format = coalesce(weight, self.scheme, self.shape[1], name)
-        assert format is not None
-        layer = QuantLinear(weight, self.shape, format, self.bias)
+        layer = self.quantized.pop() if self.quantized else self._packed(name)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
         layer.transposed = self.transposed
         return layer
 
+    def _packed(self, name: str) -> QuantLinear:
+        weight = self.take(name)
+        assert self.scheme is not None
+        weight, format = coalesce(weight, self.scheme, self.shape[1], name)
+        return QuantLinear(weight, self.shape, format)
 
-def _quantize(weight: Tensor, format: IntFormat | None, method: str | None) -> QuantizedWeight:
+
+def _quantize(weight: Tensor, format: IntFormat | None, method: str | None) -> QuantLinear:
+    """The layer is prepared at once, so that memory at rest is used again for the next one."""
     assert format is not None
-    return quantize(weight.detach(), format, method or ("hqq" if format.bits == 4 else "rtn"))
+    packed = quantize(weight.detach(), format, method or ("hqq" if format.bits == 4 else "rtn"))
+    return QuantLinear(packed, (weight.shape[0], weight.shape[1]), format)
 
 
 def coalesce(weight: QuantizedWeight, scheme: Scheme, K: int, name: str) -> tuple[QuantizedWeight, IntFormat]:
@@ -141,7 +144,7 @@ class ExpertSlots(nn.Module):
         super().__init__()
         self.weights = {"up": up_name(shell), "down": "down_proj"}
         self.parts, self.scheme, self.dense, self.dtype = parts or {}, scheme, dense, dtype
-        self.quantized: dict[str, list[QuantizedWeight]] = {}
+        self.quantized: dict[str, list[QuantLinear]] = {}
         self.shapes: dict[str, tuple[int, int, int]] = {}  # [experts, N, K]
         self._shell = [shell]  # a list hides it from `modules()`: its weights are never loaded
         for name, p in shell.named_parameters(recurse=False):
@@ -179,29 +182,29 @@ class ExpertSlots(nn.Module):
         self.quantized[which] = [_quantize(w.t() if transposed else w, self.dense, method) for w in weight]
         self._parameters.pop(weight_name, None)
 
-    def _expert(self, name: str, which: str, expert: int) -> tuple[QuantizedWeight, IntFormat]:
+    def _expert(self, name: str, which: str, expert: int) -> QuantLinear:
         if self.scheme is None:
             if which not in self.quantized:
                 raise CheckpointError(f"{name}.{self.weights[which]} is missing from the checkpoint: it is incomplete")
-            assert self.dense is not None
-            return self.quantized[which].pop(0), self.dense
+            return self.quantized[which][expert]
         paths = [pattern.replace("*", str(expert)) for pattern in self.parts[which]]
         slots: list[Any] = [self.get_submodule(path) for path in paths]
         taken = [slot.take(f"{name}.{path}") for slot, path in zip(slots, paths, strict=True)]
         if len(taken) > 1 and taken[0].zero_point is not None and slots[0].shape[0] * self.scheme.bits % 32:
             raise CheckpointError(f"{name}: zero points of {slots[0].shape[0]} rows do not fill whole words")
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*taken, strict=True)]
-        return coalesce(QuantizedWeight(*joined), self.scheme, self.shapes[which][2], name)
+        _, N, K = self.shapes[which]
+        weight, format = coalesce(QuantizedWeight(*joined), self.scheme, K, name)
+        return QuantLinear(weight, (N, K), format)
 
     def finish(self, name: str) -> QuantExperts:
         shell = copy.copy(self._shell[0])
         layers: dict[str, list[QuantLinear]] = {"up": [], "down": []}
-        for which, (E, N, K) in self.shapes.items():
+        for which, (E, _, _) in self.shapes.items():
             biases: Any = self._parameters.get(f"{self.weights[which]}_bias")
-            for expert in range(E):
-                bias = None if biases is None else biases[expert].detach().clone()
-                weight, format = self._expert(name, which, expert)
-                layers[which].append(QuantLinear(weight, (N, K), format, bias))
+            layers[which] = [self._expert(name, which, expert) for expert in range(E)]
+            for layer, bias in zip(layers[which], () if biases is None else biases, strict=False):
+                layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         shell._modules = {key: self._modules[key] for key in shell._modules}
         shell._buffers = dict(self._buffers)
         return QuantExperts(layers["up"], layers["down"], shell)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,11 @@ from .linear import QuantLinear
 Project = Callable[[int, str, Tensor], Tensor]
 
 
-def up_name(experts: nn.Module) -> str:
+def up_name(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def is_experts(module: nn.Module) -> bool:
+def is_experts(module: Any) -> bool:
     """Whether `module` holds fused 3-D expert weights as transformers v5 declares them."""
     if not all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")):
         return False
@@ -28,7 +29,7 @@ def is_experts(module: nn.Module) -> bool:
     return all(isinstance(w, nn.Parameter) and w.ndim == 3 for w in weights)
 
 
-def expert_weight(experts: nn.Module, which: str, expert: int) -> tuple[Tensor, Tensor | None]:
+def expert_weight(experts: Any, which: str, expert: int) -> tuple[Tensor, Tensor | None]:
     """(weight [N, K], bias [N] or None) of one expert. which: "up" or "down"."""
     name = up_name(experts) if which == "up" else "down_proj"
     weight = getattr(experts, name)[expert]
@@ -36,7 +37,7 @@ def expert_weight(experts: nn.Module, which: str, expert: int) -> tuple[Tensor, 
     return (weight.t() if experts.is_transposed else weight), bias
 
 
-def mix(shell: nn.Module, project: Project, count: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def mix(shell: Any, project: Project, count: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """sum over k of weights[t, k] * expert_{index[t, k]}(hidden[t]): the loop that defines a mixture.
 
     shell: the experts module, for its gate or activation. hidden [T, H], index and weights [T, top_k] -> [T, H].
@@ -54,7 +55,7 @@ def mix(shell: nn.Module, project: Project, count: int, hidden: Tensor, index: T
     return out
 
 
-def agrees(experts: nn.Module) -> bool:
+def agrees(experts: Any) -> bool:
     """Whether `mix` over the dense weights computes what `experts` computes, on a small random input."""
     weight, _ = expert_weight(experts, "up", 0)
     count = getattr(experts, up_name(experts)).shape[0]
@@ -77,9 +78,9 @@ def agrees(experts: nn.Module) -> bool:
 
 
 class QuantExperts(nn.Module):
-    """Experts whose weights stay packed: one `QuantLinear` for each expert and projection, in a loop over those hit."""
+    """Experts whose weights stay packed: one `QuantLinear` for each expert and projection; a loop over those hit."""
 
-    def __init__(self, up: list[QuantLinear], down: list[QuantLinear], shell: nn.Module):
+    def __init__(self, up: list[QuantLinear], down: list[QuantLinear], shell: Any):
         """shell: the original module, for its gate, activation and settings; its parameters are left behind."""
         super().__init__()
         self.num_experts = len(up)
@@ -89,11 +90,11 @@ class QuantExperts(nn.Module):
         self.shell._modules = dict(shell._modules)
 
     @classmethod
-    def from_experts(cls, experts: nn.Module, format: IntFormat, method: str | None = None) -> "QuantExperts":
-        """Quantize each expert of a fused module (see `is_experts`). Raises ValueError if its layout is not understood."""
+    def from_experts(cls, experts: Any, format: IntFormat, method: str | None = None) -> "QuantExperts":
+        """Quantize each expert of a fused module (see `is_experts`). ValueError if it computes something else."""
         if not agrees(experts):
             raise ValueError(
-                f"{type(experts).__name__} does not compute a gated sum of its experts as transformers defines it"
+                f"{type(experts).__name__} does not compute the sum of its experts that transformers defines"
             )
         method = method or ("hqq" if format.bits == 4 else "rtn")
         lists: dict[str, list[QuantLinear]] = {"up": [], "down": []}

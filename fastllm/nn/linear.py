@@ -58,7 +58,7 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Module,
+        linear: Any,
         format: str | IntFormat = "int4",
         method: str | None = None,
         group_size: int | None = None,
@@ -160,7 +160,7 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         runs = LAYOUTS[self.layout].runs if self.layout else "not loaded"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.format.name}, {runs}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bias=}, {self.format.name}, {runs}"
 
     # Whatever leaves or enters the module passes through the layout at rest.
 

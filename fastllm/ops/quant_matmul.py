@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..formats import IntFormat
+from .gpu import Planar
 from .int4pack import Int4Pack
 from .int8 import Int8Blocks, Int8Rows
-from .gpu import Planar
 from .layout import Layout, Prepared, Rest
 
 LAYOUTS: dict[str, Layout] = {
@@ -21,8 +21,8 @@ LAYOUTS: dict[str, Layout] = {
 
 LIBRARY = torch.library.Library("fastllm", "DEF")
 LIBRARY.define(
-    "quant_matmul(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, int N, int bits, int group, str layout)"
-    " -> Tensor"
+    "quant_matmul(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, "
+    "int N, int bits, int group, str layout) -> Tensor"
 )
 LIBRARY.define(
     "quant_matmul_grad_x(Tensor grad, Tensor w, Tensor scale, Tensor? zero, int K, int bits, int group, str layout)"

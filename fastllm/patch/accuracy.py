@@ -1,9 +1,10 @@
 """How far the patched model's answer is from the original's, on one prompt."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Accuracy:
         return f"KL {self.kl:.3g} nats, same top-1 {self.top1:.0%} on {what}"
 
 
-def probe(model: nn.Module, prompt: Tensor | None) -> Tensor:
+def probe(model: Any, prompt: Tensor | None) -> Tensor:
     """Token ids [1, T] on the model's device: the prompt's, or 64 random ones.
 
     Raises ValueError if the prompt is not a matrix of ids within the vocabulary.
@@ -43,7 +44,7 @@ def probe(model: nn.Module, prompt: Tensor | None) -> Tensor:
     return prompt.to(next(model.parameters()).device)
 
 
-def outputs(model: nn.Module, ids: Tensor) -> Tensor:
+def outputs(model: Any, ids: Tensor) -> Tensor:
     """Logits, or the last hidden state of an encoder, float32 [T, V]."""
     with torch.no_grad():
         out = model(input_ids=ids)

@@ -29,7 +29,7 @@ class Patch:
 
 
 def optimize(
-    model: nn.Module,
+    model: Any,
     weights: str | IntFormat | Mapping[str, str | IntFormat | None] = "int4",
     *,
     group_size: int | None = None,
@@ -45,8 +45,8 @@ def optimize(
 ) -> Report:
     """Quantize the weights of a Hugging Face model in place; return a report (print it).
 
-    weights:      "int4", "int8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module names: format
-                  or None}, of which the first match counts and what matches none stays dense
+    weights:      "int4", "int8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module names:
+                  format or None}, of which the first match counts and what matches none stays dense
     group_size:   weights per scale, for formats that do not name it; -1: one scale per output channel
     method:       "rtn" or "hqq"; by default hqq for 4 bits and rtn for 8
     lm_head:      the format of the output head, or False to leave it; by default one scale per word at 8 bits. A tied
@@ -59,7 +59,7 @@ def optimize(
     dry_run:      change nothing, only report
 
     Raises NotSupportedError (training mode, quantized, offloaded or meta weights), CoverageError, or ValueError naming
-    the layer (NaN, unknown format); the model is then as it was. A second call is a no-op that returns the first report.
+    the layer (NaN, unknown format); the model is then as it was. A second call is a no-op: it returns the first report.
     """
     if is_patched(model):
         logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
@@ -89,12 +89,13 @@ def optimize(
     return report
 
 
-def _replace(model: nn.Module, decision: Decision, patch: Patch, method: str | None) -> None:
+def _replace(model: Any, decision: Decision, patch: Patch, method: str | None) -> None:
     """Put the quantized module where the dense one is; the layer's name goes into any complaint."""
-    original = model.get_submodule(decision.name)
-    make = QuantExperts.from_experts if decision.kind == "experts" else QuantLinear.from_linear
+    original, format = model.get_submodule(decision.name), decision.format
+    assert format is not None
+    make: Any = QuantExperts.from_experts if decision.kind == "experts" else QuantLinear.from_linear
     try:
-        new = make(original, decision.format, method)
+        new = make(original, format, method)
     except ValueError as error:
         raise ValueError(f"{decision.name}: {error}; leave it out with exclude={decision.name!r}") from error
     new.train(original.training)
@@ -128,7 +129,7 @@ def _undo(model: nn.Module, patch: Patch) -> None:
         model.set_submodule(name, original)
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Any) -> Any:
     """Undo `optimize`: the original modules come back, the very same objects. Returns the model.
 
     Raises NotSupportedError if the model is not patched, or if the originals were not kept.
@@ -144,7 +145,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def optimized(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Report]:
+def optimized(model: Any, *args: Any, **kwargs: Any) -> Iterator[Report]:
     """`with optimized(model, "int8") as report:` the model is patched inside, and as it was after."""
     if is_patched(model):
         raise NotSupportedError("the model is already optimized; fastllm.restore(model) first")

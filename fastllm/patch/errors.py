@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..progress import size
 from .plan import Plan
 
 
@@ -11,13 +12,6 @@ class CoverageError(ValueError):
 
 class NotSupportedError(ValueError):
     """The model is in a state that cannot be patched; the message says what to do."""
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
 
 
 def refuse_state(model: nn.Module) -> None:
@@ -40,16 +34,17 @@ def refuse_state(model: nn.Module) -> None:
         for part, p in module.named_parameters(recurse=False):
             where = f"{name}.{part}" if name else part
             if p.is_meta:
-                hook = getattr(module, "_hf_hook", None)
-                raise NotSupportedError(
-                    f"{where} is offloaded by accelerate; load the model with device_map={{'': device}} so that it is in memory"
-                    if getattr(hook, "offload", False)
-                    else f"{where} is on the meta device, without values; load the weights first"
-                )
+                if getattr(getattr(module, "_hf_hook", None), "offload", False):
+                    remedy = (
+                        "is offloaded by accelerate; load the model with device_map={'': device} to have it in memory"
+                    )
+                else:
+                    remedy = "is on the meta device, without values; load the weights first"
+                raise NotSupportedError(f"{where} {remedy}")
             if type(p) is not nn.Parameter:
                 raise NotSupportedError(
-                    f"{where} is a {type(p).__name__}, not a plain parameter: already quantized (torchao, bitsandbytes) or "
-                    "sharded; load the dense checkpoint on one device instead"
+                    f"{where} is a {type(p).__name__}, not a plain parameter: already quantized (torchao, bitsandbytes) "
+                    "or sharded; load the dense checkpoint on one device instead"
                 )
 
 
@@ -58,11 +53,9 @@ def refuse_coverage(plan: Plan, min_coverage: float, model: nn.Module) -> None:
     if plan.coverage >= min_coverage:
         return
     left = sorted((d for d in plan.decisions if d.format is None and d.before), key=lambda d: -d.before)[:3]
-    rest = "; ".join(
-        f"{d.name} ({_size(d.before)}{': ' + d.reason if d.reason else ''}{', ' + d.remedy if d.remedy else ''})"
-        for d in left
-    )
+    rest = "; ".join(f"{d.name} ({', '.join(filter(None, (size(d.before), d.reason, d.remedy)))})" for d in left)
     raise CoverageError(
-        f"only {plan.coverage:.1%} of the {_size(plan.before)} that {type(model).__name__} reads per token would be quantized, "
-        f"below min_coverage={min_coverage:.0%}. Largest left: {rest or 'nothing'}. Pass min_coverage=0 to patch the rest anyway."
+        f"only {plan.coverage:.1%} of the {size(plan.before)} that {type(model).__name__} reads per token would be "
+        f"quantized, below min_coverage={min_coverage:.0%}. Largest left: {rest or 'nothing'}. "
+        "Pass min_coverage=0 to patch the rest anyway."
     )

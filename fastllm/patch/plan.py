@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -101,9 +102,10 @@ class Planner:
         self.mapped = isinstance(weights, Mapping)
         self.lm_head = parse_format(lm_head) if isinstance(lm_head, (str, IntFormat)) else lm_head
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: Any) -> Plan:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        plan, seen = Plan(), set()
+        plan = Plan()
+        seen: set[int] = set()
         for name, module in model.named_modules():
             if module is not head and all(id(p) in seen for p in module.parameters(recurse=False)):
                 continue  # no weight of its own
@@ -111,7 +113,7 @@ class Planner:
             plan.decisions.append(self._decide(name, module, module is head, model))
         return plan
 
-    def _decide(self, name: str, module: nn.Module, is_head: bool, model: nn.Module) -> Decision:
+    def _decide(self, name: str, module: Any, is_head: bool, model: Any) -> Decision:
         size = _bytes(module)
         if isinstance(module, nn.Embedding) and not is_head:
             row = size // max(1, module.num_embeddings)
@@ -143,7 +145,7 @@ class Planner:
         decision.runs = f"{format.name}, {LAYOUTS[layout.name].runs}"
         return count * (format.bytes(N, K, weight.element_size()) + bias * N * weight.element_size())
 
-    def _experts(self, name: str, module: nn.Module, config: object) -> Decision:
+    def _experts(self, name: str, module: Any, config: object) -> Decision:
         up, down = getattr(module, up_name(module)), module.down_proj
         count, top_k = len(up), _top_k(config)
         share = min(1.0, (top_k or count) / count)

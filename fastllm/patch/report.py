@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..progress import size
 from .accuracy import Accuracy
 from .plan import Decision, Plan
 
@@ -28,18 +29,10 @@ def memory(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def size(count: float) -> str:
-    """1234567 -> "1.23 MB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
 class Report:
     """What `optimize` did or, after a dry run, would do. `print(report)` shows one screen; `to_dict()` is for JSON."""
 
-    def __init__(self, model: nn.Module, plan: Plan, keep: bool):
+    def __init__(self, model: Any, plan: Plan, keep: bool):
         device = next(model.parameters()).device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
         self.title = f"{type(model).__name__} on {name}"
