@@ -224,9 +224,10 @@ class FastllmQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         _refuse_offload(model)
-        sizes = [sum(p.numel() * p.element_size() for p in slot.parameters()) for slot in self.slots.values()]
         quiet = self.settings.quiet or self.settings.stored is None
-        for name in track(list(self.slots), "preparing", sizes, quiet):
+        # the largest first, while memory is empty: changing a layout takes some of its own
+        names = sorted(self.slots, key=lambda name: -self.slots[name].dense_bytes)
+        for name in track(names, "preparing", [self.slots[name].dense_bytes for name in names], quiet):
             slot = self.slots.pop(name)
             layer = slot.finish(name)
             layer.train(slot.training)

@@ -15,7 +15,6 @@ from .layout import Layout, Prepared
 
 TILE = 64  # rows of a block in the widest variant of the layout; N is padded to a multiple of it
 NATIVE_GROUPS = (256, 128, 64, 32)
-DIRECT_ROWS = 24
 
 
 def native_group(group: int, K: int) -> int:
@@ -42,6 +41,7 @@ def _tile() -> tuple[int, Tensor | None]:
 
 class Int4Pack(Layout):
     name, runs = "int4pack", "aten int4pack / bf16 GEMM"
+    direct_rows = 24  # rows of x up to which the operator beats dequantising and a GEMM
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return [
@@ -112,7 +112,7 @@ class Int4Pack(Layout):
 
     def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
         (M, K), dtype = x.shape, torch.bfloat16
-        if M > DIRECT_ROWS:
+        if M > self.direct_rows:
             return self.by_chunks(x, p, N, bits, group, dtype).to(x.dtype)
         cols = 2 * p.w.shape[1]
         xs = x.to(dtype)

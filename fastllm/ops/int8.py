@@ -15,8 +15,6 @@ from ..formats import IntFormat, QuantizedWeight
 from .layout import Layout, Prepared
 
 TILE = 16  # `aten._weight_int8pack_mm` reads past the end of a weight whose sides are no multiples of it
-ROWS_DIRECT = 10  # rows of x up to which the fused operator beats a cast and a GEMM
-LARGE = 1 << 22  # weights from which oneDNN's faster reading pays for making the digits
 OUTPUT_SCRATCH = 1 << 24  # float32 sums held at a time
 EXPONENT_BITS, EXPONENT_OF_2_13 = 0x7F800000, (2 * 127 + 13) << 23
 
@@ -50,6 +48,7 @@ def _widen(x: Tensor, K: int) -> Tensor:
 
 class Int8Rows(Layout):
     name, runs = "int8rows", "aten int8pack / bf16 GEMM"
+    direct_rows = 10  # rows of x up to which the operator beats a cast and a GEMM
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return _why_not(format, device)
@@ -69,7 +68,7 @@ class Int8Rows(Layout):
 
     def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
         xs = _widen(x.to(torch.bfloat16), p.w.shape[1]).contiguous()
-        if len(x) > ROWS_DIRECT:
+        if len(x) > self.direct_rows:
             # an int8 is exact in bfloat16; the scale goes on the output, which is smaller than the weight
             step = self.step(xs.shape[1])
             y = torch.cat(
@@ -85,13 +84,14 @@ class Int8Rows(Layout):
 
 class Int8Blocks(Layout):
     name, runs = "int8blocks", "oneDNN u8 x s8"
+    smallest = 1 << 22  # weights from which oneDNN's faster reading pays for making the digits
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         why = _why_not(format, device)
         if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
             why.append("the CPU has no VNNI (without it oneDNN's u8 x s8 saturates)")
-        if N * K < LARGE:
-            why.append(f"{N} x {K} is below {LARGE:,} weights, where plain rows are faster")
+        if N * K < self.smallest:
+            why.append(f"{N} x {K} is below {self.smallest:,} weights, where plain rows are faster")
         return why
 
     def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:

@@ -59,7 +59,7 @@ def optimize(
     dry_run:      change nothing, only report
 
     Raises NotSupportedError (training mode, quantized, offloaded or meta weights), CoverageError, or ValueError naming
-    the layer (NaN, unknown format); the model is then as it was. A second call is a no-op: it returns the first report.
+    the layer (NaN, unknown format); the model is then as it was. A second call does nothing but return the first report.
     """
     if is_patched(model):
         logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")

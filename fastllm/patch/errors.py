@@ -43,8 +43,8 @@ def refuse_state(model: nn.Module) -> None:
                 raise NotSupportedError(f"{where} {remedy}")
             if type(p) is not nn.Parameter:
                 raise NotSupportedError(
-                    f"{where} is a {type(p).__name__}, not a plain parameter: already quantized (torchao, bitsandbytes) "
-                    "or sharded; load the dense checkpoint on one device instead"
+                    f"{where} is a {type(p).__name__}, not a plain parameter: already quantized (torchao, "
+                    "bitsandbytes) or sharded; load the dense checkpoint on one device instead"
                 )
 
 
