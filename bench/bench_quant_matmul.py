@@ -2,11 +2,12 @@
 
     python bench/bench_quant_matmul.py [--model gemma-3-270m] [--seconds 0.4]
 
-Writes bench/results/<device>/quant_matmul.json and .md. The switches between candidates in fastllm/ops/ are read off it.
+Writes bench/results/<device>/quant_matmul.json and .md. The switches in fastllm/ops/ are read off it.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,15 +62,13 @@ def bench_shape(format: IntFormat, N: int, K: int, seconds: float) -> list[dict[
         if M * N * 4 > 1 << 28:
             continue  # nobody wants that many logits
         x = torch.randn(M, K, dtype=dtype)
-        calls: dict[str, list[Callable[[], Tensor]]] = {
-            "bf16": [lambda v=v: nn.functional.linear(x, v) for v in weights]  # type: ignore[misc]
-        }
+        calls: dict[str, list[Callable[[], Tensor]]] = {"bf16": [partial(nn.functional.linear, x, v) for v in weights]}
         want = x.float() @ dense.t()
         for name, layout in layouts.items():
             error = (layout.matmul(x, packed[name][0], N, format.bits, format.group_of(K)).float() - want).norm()
             if not error <= 6e-3 * want.norm():
                 raise SystemExit(f"{name} is wrong at M={M}, N={N}, K={K}: relative error {error / want.norm():.1e}")
-            calls[name] = [bound(layout, x, p, N, K, format) for p in packed[name]]
+            calls[name] = [partial(layout.matmul, x, p, N, format.bits, format.group_of(K)) for p in packed[name]]
         if M > 64:
             calls = {name: found for name, found in calls.items() if name not in ("int4pack", "int8pack")}
         times = alternate(calls, seconds)
@@ -81,10 +80,6 @@ def bench_shape(format: IntFormat, N: int, K: int, seconds: float) -> list[dict[
 
 def pack(layout: Layout, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
     return layout.pack(weight._replace(packed=weight.packed.clone()), format, shape)
-
-
-def bound(layout: Layout, x: Tensor, p: Prepared, N: int, K: int, format: IntFormat) -> Callable[[], Tensor]:
-    return lambda: layout.matmul(x, p, N, format.bits, format.group_of(K))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, slowly; read when triton is first imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # what would fetch something fails at once; read when transformers is imported
 
+torch.set_num_threads(1)  # the shapes are small: more threads would only wait for each other
 torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN, so an unwritten output shows
 
 

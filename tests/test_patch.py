@@ -13,6 +13,7 @@ import fastllm
 from fastllm import QuantExperts, QuantLinear
 from fastllm.nn.experts import is_experts
 from fastllm.patch import CoverageError, NotSupportedError
+from fastllm.patch.plan import Planner
 
 QUIET = {"quiet": True}
 
@@ -146,7 +147,10 @@ def test_a_dry_run_changes_nothing():
         assert_equal(tensor, state[name])
     assert "dry run: nothing changed" in str(report) and report.accuracy is None
     done = fastllm.optimize(model, "int4", **QUIET)
-    assert done.bytes_per_token == report.bytes_per_token and done.coverage == report.coverage
+    assert report.bytes_per_token <= done.bytes_per_token <= 1.1 * report.bytes_per_token  # a layout may add scales
+    assert done.coverage == report.coverage
+    again = Planner({}, None, False, "*", ()).plan(model)
+    assert again.before == done.bytes_per_token  # the same bytes, counted in the patched model
 
 
 def test_what_is_chosen():
@@ -179,10 +183,8 @@ def test_the_report():
         assert part in text
     assert "on 9 prompt tokens" in text and "fastllm.restore(model)" in text and "keep=False frees them" in text
     everything = report.to_dict()
-    # by hand: norms, one embedding row, and what is packed or left, of the modules themselves
-    expected = sum(m.nbytes for m in linears(model).values())
     packed = sum(d["after"] for d in everything["decisions"] if d["format"])
-    assert abs(packed - expected) <= 0.12 * expected
+    assert packed == sum(m.nbytes for m in linears(model).values())
     assert everything["memory_after"] < everything["memory_before"]
     assert 0 <= everything["accuracy"]["top1"] <= 1 and everything["accuracy"]["kl"] >= 0
 

@@ -89,6 +89,10 @@ class QuantExperts(nn.Module):
         self.shell._parameters = {}
         self.shell._modules = dict(shell._modules)
 
+    def layers(self) -> list[QuantLinear]:
+        """All of them, both projections."""
+        return [layer for layers in (self.up, self.down) for layer in layers if isinstance(layer, QuantLinear)]
+
     @classmethod
     def from_experts(cls, experts: Any, format: IntFormat, method: str | None = None) -> "QuantExperts":
         """Quantize each expert of a fused module (see `is_experts`). ValueError if it computes something else."""

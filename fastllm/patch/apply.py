@@ -59,7 +59,7 @@ def optimize(
     dry_run:      change nothing, only report
 
     Raises NotSupportedError (training mode, quantized, offloaded or meta weights), CoverageError, or ValueError naming
-    the layer (NaN, unknown format); the model is then as it was. A second call does nothing but return the first report.
+    the layer (NaN, unknown format); the model is then as it was. A second call only returns the first report.
     """
     if is_patched(model):
         logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
@@ -99,6 +99,10 @@ def _replace(model: Any, decision: Decision, patch: Patch, method: str | None) -
     except ValueError as error:
         raise ValueError(f"{decision.name}: {error}; leave it out with exclude={decision.name!r}") from error
     new.train(original.training)
+    layers = new.layers() if isinstance(new, QuantExperts) else [new]
+    dense = sum(p.numel() * p.element_size() for p in original.parameters())
+    # measured, where the plan could only foresee: some layouts keep the scales in a form of their own
+    decision.after = round(sum(layer.nbytes for layer in layers) * decision.before / dense)
     if hook := getattr(original, "_hf_hook", None):
         _move_hook(hook, new)
     patch.originals[decision.name] = original

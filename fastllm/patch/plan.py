@@ -106,7 +106,15 @@ class Planner:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         plan = Plan()
         seen: set[int] = set()
+        inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
+            if name.startswith(inside) and inside:
+                continue
+            if isinstance(module, QuantExperts):
+                inside += (f"{name}.",)
+                size = int(sum(layer.nbytes for layer in module.layers()) * self._share(model, module.num_experts))
+                plan.decisions.append(self._leave(Decision(name, "experts", size, size), *self._why_other(module)))
+                continue
             if module is not head and all(id(p) in seen for p in module.parameters(recurse=False)):
                 continue  # no weight of its own
             seen.update(id(p) for p in module.parameters(recurse=False))
@@ -114,12 +122,12 @@ class Planner:
         return plan
 
     def _decide(self, name: str, module: Any, is_head: bool, model: Any) -> Decision:
-        size = _bytes(module)
+        size = module.nbytes if isinstance(module, QuantLinear) else _bytes(module)
         if isinstance(module, nn.Embedding) and not is_head:
             row = size // max(1, module.num_embeddings)
             return Decision(name, "embedding", row, row)
         if is_experts(module):
-            return self._experts(name, module, getattr(model, "config", None))
+            return self._experts(name, module, model)
         linear = type(module) is nn.Linear or is_conv1d(module)
         if not linear:
             return self._leave(Decision(name, "other", size, size), *self._why_other(module))
@@ -145,11 +153,14 @@ class Planner:
         decision.runs = f"{format.name}, {LAYOUTS[layout.name].runs}"
         return count * (format.bytes(N, K, weight.element_size()) + bias * N * weight.element_size())
 
-    def _experts(self, name: str, module: Any, config: object) -> Decision:
+    def _share(self, model: Any, count: int) -> float:
+        """The share of `count` experts that one token uses."""
+        return min(1.0, (_top_k(getattr(model, "config", None)) or count) / count)
+
+    def _experts(self, name: str, module: Any, model: Any) -> Decision:
         up, down = getattr(module, up_name(module)), module.down_proj
-        count, top_k = len(up), _top_k(config)
-        share = min(1.0, (top_k or count) / count)
-        size = _bytes(module)
+        count, size = len(up), _bytes(module)
+        share = self._share(model, count)
         decision = Decision(name, "experts", int(size * share), int(size * share), layers=count)
         format, reason, remedy = self._format(name, False)
         if format is None:
