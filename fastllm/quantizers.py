@@ -41,7 +41,7 @@ def _hqq(w: Tensor, mask: Tensor, format: IntFormat, dtype: torch.dtype) -> tupl
     point at a fixed scale; zero points are stored as integers here, so the scale is solved for as well. The best pair
     seen is kept, round-to-nearest's first: no group ends up with a larger error than it had.
     """
-    p, beta, steps = 0.7, 10.0, 12
+    p, beta, steps = 0.7, 10.0, 8
     scale, zero = _rtn(w, mask, format, dtype)
     best_scale, best_zero, best = scale, zero, None
     size = w.abs().mean(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)

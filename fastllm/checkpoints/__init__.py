@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_HOME = {"FastllmConfig": "quantizer", "SaveHook": "save", "load": "load"}
+_HOME = {"FastllmConfig": "quantizer", "SaveHook": "save", "load": "loading"}
 __all__ = sorted(_HOME)
 
 
@@ -11,6 +11,4 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use: all of them import transformers."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # `load` is also the name of a submodule: the function must win
-    return value
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,20 +1,17 @@
 """What `optimize` would do to a model: one decision for each weight, found by structure, never by model name."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from ..formats import IntFormat, parse_format
+from ..checkpoints.choice import Choice, Patterns
+from ..formats import IntFormat
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import is_experts, up_name
 from ..ops import LAYOUTS, choose_layout
-
-Patterns = str | Iterable[str]
-SMALLEST = 16  # outputs; a classifier of a few classes is nothing to read and much to lose
 
 
 @dataclass
@@ -70,10 +67,6 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
 
 
-def _matches(name: str, patterns: Patterns) -> bool:
-    return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
-
-
 def _top_k(config: object) -> int | None:
     """Experts used per token, by the names that configs have for it."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -96,11 +89,7 @@ class Planner:
         include: Patterns,
         exclude: Patterns,
     ):
-        self.include, self.exclude = include, exclude
-        table = dict(weights) if isinstance(weights, Mapping) else {"*": weights}
-        self.table = {pattern: None if f is None else parse_format(f, group_size) for pattern, f in table.items()}
-        self.mapped = isinstance(weights, Mapping)
-        self.lm_head = parse_format(lm_head) if isinstance(lm_head, (str, IntFormat)) else lm_head
+        self.choice = Choice(weights, group_size, lm_head, include, exclude)
 
     def plan(self, model: Any) -> Plan:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -133,12 +122,9 @@ class Planner:
             return self._leave(Decision(name, "other", size, size), *self._why_other(module))
         kind = "head" if is_head else "conv1d" if is_conv1d(module) else "linear"
         decision = Decision(name, kind, size, size)
-        format, reason, remedy = self._format(name, is_head)
         weight = module.weight
         N, K = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-        if format is not None and N < SMALLEST:
-            format, reason, remedy = None, f"{N} outputs: too small to matter", "name it in weights={...} to insist"
-            format = self.table.get(name)
+        format, reason, remedy = self.choice.format(name, is_head, N)
         if format is None:
             return self._leave(decision, reason, remedy)
         decision.after = self._take(decision, format, N, K, weight, 1, getattr(module, "bias", None) is not None)
@@ -162,7 +148,7 @@ class Planner:
         count, size = len(up), _bytes(module)
         share = self._share(model, count)
         decision = Decision(name, "experts", int(size * share), int(size * share), layers=count)
-        format, reason, remedy = self._format(name, False)
+        format, reason, remedy = self.choice.format(name, False, module.down_proj.shape[1])
         if format is None:
             return self._leave(decision, reason, remedy)
         total = 0
@@ -171,23 +157,6 @@ class Planner:
             total += self._take(decision, format, N, K, w, count, module.has_bias)
         decision.after = int(total * share)
         return decision
-
-    def _format(self, name: str, is_head: bool) -> tuple[IntFormat | None, str, str]:
-        """(format or None, why not, what to do about it)."""
-        if not _matches(name, self.include):
-            return None, f"does not match include={self.include!r}", "widen include="
-        if _matches(name, self.exclude):
-            return None, f"matches exclude={self.exclude!r}", "narrow exclude="
-        if is_head and self.lm_head is not None and self.lm_head is not True:
-            if self.lm_head is False:
-                return None, "lm_head=False", 'pass lm_head="int8"'
-            return self.lm_head, "", ""
-        for pattern, format in self.table.items():
-            if fnmatchcase(name, pattern):
-                # the head decides between all words at once: one scale per word at 8 bits is the safe choice
-                small_head = is_head and not self.mapped and format is not None and self.lm_head is None
-                return (IntFormat(8) if small_head else format), "weights= says to leave it", "change weights="
-        return None, "matches no pattern of weights=", "add one, or '*'"
 
     def _why_other(self, module: nn.Module) -> tuple[str, str]:
         if isinstance(module, (QuantLinear, QuantExperts)):
