@@ -22,7 +22,7 @@ from ..formats import parse_format
 from ..patch import optimize
 from ..patch.accuracy import agreement
 from . import child
-from .demo import CHECKED, Effort
+from .demo import CHECKED, SETTINGS, Effort
 from .evaluate import describe
 
 BASELINE = "baseline"
@@ -40,10 +40,11 @@ class Demo:
 
 
 def formats(text: str) -> list[str]:
-    """ "int8,int4" -> the names. Raises ValueError for an unknown one."""
+    """ "int8,int4" -> the names. Raises ValueError for what is neither a format nor one of the demo's own settings."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        parse_format(name)
+        if name not in SETTINGS:
+            parse_format(name)
     if not names:
         raise ValueError("--formats names no format; try --formats int8,int4")
     return list(dict.fromkeys(names))
@@ -64,7 +65,8 @@ def quantize(demo: Demo, name: str, settings: dict[str, Any]) -> None:
     dense = demo.models[BASELINE]
     model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
     start = time.perf_counter()
-    report = optimize(model, name, keep=False, prompt=demo.ids[:, :CHECKED], quiet=True, **settings)
+    settings = {"weights": name, **settings}
+    report = optimize(model, keep=False, prompt=demo.ids[:, :CHECKED], quiet=True, **settings)
     seconds = time.perf_counter() - start
     print(f"\n{report}\n  quantized in {seconds:.1f} s", flush=True)
     model.save_pretrained(demo.out / name)
@@ -155,6 +157,22 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"{row['load_s']:>7.1f} s{peak:>13}"
         )
     return "\n".join(lines)
+
+
+def verdict(rows: dict[str, dict[str, Any]]) -> str:
+    """Which to take: the fastest whose perplexity is within one per cent of the dense model's, and what less costs."""
+    first = rows[BASELINE]
+    loss = {name: row["perplexity"] / first["perplexity"] - 1 for name, row in rows.items() if name != BASELINE}
+    speed = {name: rows[name]["decode_tok_s"] / first["decode_tok_s"] for name in loss}
+    told = ", ".join(f"{name} {speed[name]:.2f}x at {loss[name]:+.1%}" for name in loss)
+    good = [name for name in loss if loss[name] <= 0.01]
+    if not good:
+        return f"Speed and perplexity against dense: {told}. None keeps within 1 % of the dense perplexity."
+    best = max(good, key=lambda name: speed[name])
+    return (
+        f"Speed and perplexity against dense: {told}. For this model take {best}: the fastest that stays within 1 %; "
+        "rounding so small a model to 4 bits without calibration costs more than the speed is worth."
+    )
 
 
 def caption(demo: Demo) -> str:

@@ -1,6 +1,6 @@
 """int4 weights on a CPU: the layout of `torch.ops.aten._weight_int4pack_mm_for_cpu`.
 
-The operator is the fastest way to read an int4 weight once; from about 24 rows on it loses to a dense product, so
+The operator is the fastest way to read an int4 weight once; from about 50 rows on it loses to a dense product, so
 larger products dequantise a few MB at a time and multiply in bfloat16 (bench/results has the measurements).
 """
 
@@ -41,7 +41,7 @@ def _tile() -> tuple[int, Tensor | None]:
 
 class Int4Pack(Layout):
     name, runs = "int4pack", "aten int4pack / bf16 GEMM"
-    direct_rows = 24  # rows of x up to which the operator beats dequantising and a GEMM
+    direct_rows = 48  # rows of x up to which the operator beats dequantising and a GEMM
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return [
@@ -80,42 +80,68 @@ class Int4Pack(Layout):
     def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
         N, K = shape
         packed = torch.empty(N, format.words(K), dtype=torch.int32)
-        for start in range(0, N, self.step(K)):
-            rows = slice(start, min(start + self.step(K), N))
-            packed[rows] = pack_bits(self._nibbles(w, rows).t()[: rows.stop - start, :K].contiguous(), 4)
+        for rows in self._chunks(N, K):
+            q = _natural(*_halves(w, rows))  # [cols, n]
+            packed[rows] = pack_bits(q[:K, : rows.stop - rows.start].t().contiguous(), 4)
         return packed
 
-    def _nibbles(self, w: Tensor, rows: slice) -> Tensor:
-        """uint8 [cols, n]: the stored integers of whole blocks that cover `rows`, transposed."""
-        per_k, order = _tile()
-        block = 2 * per_k
-        cols, stop = 2 * w.shape[1], -(-rows.stop // block) * block
-        packed = w[rows.start : stop].view(-1, cols, per_k).transpose(0, 1)  # [cols, blocks, bytes]
-        q = torch.empty(cols, packed.shape[1], 2, per_k, dtype=torch.uint8)
-        torch.bitwise_and(packed, 15, out=q[:, :, 0])
-        torch.bitwise_right_shift(packed, 4, out=q[:, :, 1])
-        if order is not None:
-            q = q.view(cols, -1, block)[:, :, order]
-        return q.view(cols, -1)
+    def _chunks(self, N: int, K: int) -> list[slice]:
+        return [slice(start, min(start + self.step(K), N)) for start in range(0, N, self.step(K))]
+
+    def _scaled(self, p: Prepared, rows: slice, dtype: torch.dtype) -> Tensor:
+        """[2, cols, n / 2]: the weights of whole blocks that cover `rows`, transposed, halves apart (see `_halves`)."""
+        q = _halves(p.w, rows).view(torch.int8).sub_(8)
+        _, cols, half = q.shape
+        pairs = p.scale[:, rows.start : rows.start + 2 * half].to(dtype)
+        wt = q.to(dtype).view(2, len(pairs), -1, half)
+        wt *= _apart(pairs[..., 0])
+        if p.zero is not None:
+            wt += _apart(pairs[..., 1])
+        return wt.view(2, cols, half)
 
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
-        q = self._nibbles(p.w, rows)  # [cols, n]
-        cols, n = q.shape
-        scale, zero = (
-            t.contiguous() for t in p.scale[:, rows.start : rows.start + n].to(dtype).unbind(-1)
-        )  # [cols / g, n]
-        centred = q.view(torch.int8).sub_(8).view(len(scale), -1, n)
-        wt = torch.mul(centred, scale[:, None], out=torch.empty(centred.shape, dtype=dtype))
-        if p.zero is not None:
-            wt += zero[:, None]
-        return wt.view(cols, n)[:K, : rows.stop - rows.start].t()
+        return _natural(*self._scaled(p, rows, dtype))[:K, : rows.stop - rows.start].t()
 
     def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
-        (M, K), dtype = x.shape, torch.bfloat16
-        if M > self.direct_rows:
-            return self.by_chunks(x, p, N, bits, group, dtype).to(x.dtype)
-        cols = 2 * p.w.shape[1]
-        xs = x.to(dtype)
+        (M, K), cols = x.shape, 2 * p.w.shape[1]
+        xs = x.to(torch.bfloat16)
         xs = xs.contiguous() if cols == K else pad(xs, (0, cols - K))
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(xs, p.w, cols // len(p.scale), p.scale)
+        if M <= self.direct_rows:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(xs, p.w, cols // len(p.scale), p.scale)
+        else:
+            # putting the columns in order is less work on the result than on the weight
+            halves = (self._scaled(p, rows, xs.dtype) for rows in self._chunks(len(p.w), K))
+            parts = [_natural(xs @ low, xs @ high) for low, high in halves]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)
+
+
+def _halves(w: Tensor, rows: slice) -> Tensor:
+    """uint8 [2, cols, n / 2]: the stored integers of whole blocks that cover `rows`, transposed.
+
+    The low nibbles of all blocks come first, then the high ones: long runs, which torch's operators take fast.
+    """
+    per_k, _ = _tile()
+    block = 2 * per_k
+    cols, stop = 2 * w.shape[1], -(-rows.stop // block) * block
+    packed = w[rows.start : stop].view(-1, cols, per_k).transpose(0, 1).reshape(cols, -1)
+    q = torch.empty(2, *packed.shape, dtype=torch.uint8)
+    torch.bitwise_and(packed, 15, out=q[0])
+    torch.bitwise_right_shift(packed, 4, out=q[1])
+    return q
+
+
+def _natural(low: Tensor, high: Tensor) -> Tensor:
+    """Two halves [R, n / 2] -> [R, n], columns in the order of the rows of the weight."""
+    per_k, order = _tile()
+    q = torch.stack((low.view(len(low), -1, per_k), high.view(len(high), -1, per_k)), 2).flatten(2)
+    return (q if order is None else q[:, :, order]).flatten(1)
+
+
+def _apart(rows: Tensor) -> Tensor:
+    """[G, n], in the order of the rows of the weight -> [2, G, 1, n / 2]: the inverse of `_natural`."""
+    per_k, order = _tile()
+    q = rows.reshape(len(rows), -1, 2 * per_k)
+    if order is not None:
+        q = q[:, :, order.argsort()]
+    return q.view(len(rows), -1, 2, per_k).permute(2, 0, 1, 3).reshape(2, len(rows), 1, -1)

@@ -79,7 +79,8 @@ class Int8Rows(Layout):
             return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)
         else:  # rounding the scale to the operator's dtype would cost as much as the quantization does
             y = torch.ops.aten._weight_int8pack_mm(xs, p.w, xs.new_ones(len(p.w)))
-        return (y.to(x.dtype) * p.scale.to(x.dtype))[:, :N].contiguous()
+        y = y.to(x.dtype).mul_(p.scale.to(x.dtype))
+        return y if len(p.w) == N else y[:, :N].contiguous()
 
 
 class Int8Blocks(Layout):
