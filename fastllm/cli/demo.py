@@ -12,8 +12,8 @@ from typing import Any
 HELP = "Gemma 3 270M before and after, on this machine, in some minutes"
 PROMPT = "The three largest cities of France are"
 # "int4" is int4 throughout, with what costs such a small model least: groups of 32, half-quadratic rounding. "mixed" is
-# what serves it best below 8 bits: nearly two thirds of the bytes that it reads are the output head, which bears 4 bits
-# far better than the layers do (bench/results has the perplexities).
+# what serves it best below 8 bits: nearly two thirds of the bytes that it reads are the output head, which bears 4
+# bits far better than the layers do (bench/results has the perplexities).
 SETTINGS: dict[str, dict[str, Any]] = {
     "int4": {"group_size": 32, "method": "hqq", "lm_head": "int4-g32"},
     "mixed": {"weights": {"lm_head": "int4-g32", "*": "int8"}},
@@ -24,8 +24,9 @@ CHECKED = 64  # tokens on which logits are compared
 @dataclass(frozen=True)
 class Effort:
     prefill_tokens: int = 512
+    decode_after: int = 32
     new_tokens: int = 16
-    repeats: int = 3
+    repeats: int = 5
     windows: int = 4
 
 

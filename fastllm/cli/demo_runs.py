@@ -80,14 +80,16 @@ def time_all(demo: Demo) -> None:
     """Speed of all models, taking turns."""
     effort = demo.effort
     print(f"\ntiming {' and '.join(demo.models)} in turns ...", flush=True)
-    speeds = measure_alternating(demo.models, demo.ids[:, : effort.prefill_tokens], effort.new_tokens, effort.repeats)
-    for name, speed in speeds.items():
+    reading = measure_alternating(demo.models, demo.ids[:, : effort.prefill_tokens], 1, effort.repeats)
+    writing = measure_alternating(demo.models, demo.ids[:, : effort.decode_after], effort.new_tokens, effort.repeats)
+    for name, speed in writing.items():
         demo.rows[name] |= {
             "decode_tok_s": speed.decode_tok_s,
             "decode_tok_s_fastest_quarter": speed.fastest_quarter_tok_s,
+            "decode_after_tokens": speed.prefill_tokens,
             "step_s_quartiles": list(speed.step_s),
-            "prefill_s": speed.prefill_s,
-            "prefill_tokens": speed.prefill_tokens,
+            "prefill_s": reading[name].prefill_s,
+            "prefill_tokens": reading[name].prefill_tokens,
             "bytes_per_token": bytes_per_token(demo.models[name]),
         }
 
@@ -178,7 +180,7 @@ def verdict(rows: dict[str, dict[str, Any]]) -> str:
 def caption(demo: Demo) -> str:
     effort = demo.effort
     return (
-        f"batch 1, after {effort.prefill_tokens} tokens, models in turns; "
+        f"batch 1, after {effort.decode_after} tokens, models in turns; "
         f"perplexity on {effort.windows} x 512 tokens of WikiText-2; MB of weights"
     )
 
@@ -186,9 +188,9 @@ def caption(demo: Demo) -> str:
 def protocol(demo: Demo) -> str:
     effort = demo.effort
     return (
-        f"Speed: batch 1, greedy; the models take turns, {effort.repeats} each; in each turn "
-        f"{effort.prefill_tokens} tokens are read and {effort.new_tokens} steps timed; medians, and of the steps the "
-        "fastest quarter as well; only ratios within one run are worth quoting. "
+        f"Speed: batch 1, greedy; the models take turns, {effort.repeats} each; {effort.prefill_tokens} tokens are "
+        f"read, and {effort.new_tokens} steps timed after a prompt of {effort.decode_after}; medians, and of the "
+        "steps the fastest quarter as well; only ratios within one run are worth quoting. "
         f"Perplexity: {demo.perplexity_protocol}. "
         "MB per token: the bytes of weights that one step reads. "
         "Load and peak memory: a fresh process for each, which loads the saved checkpoint with fastllm.load (files "

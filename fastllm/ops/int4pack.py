@@ -89,7 +89,7 @@ class Int4Pack(Layout):
         return [slice(start, min(start + self.step(K), N)) for start in range(0, N, self.step(K))]
 
     def _scaled(self, p: Prepared, rows: slice, dtype: torch.dtype) -> Tensor:
-        """[2, cols, n / 2]: the weights of whole blocks that cover `rows`, transposed, halves apart (see `_halves`)."""
+        """[2, cols, n / 2]: the weights of whole blocks that cover `rows`, in the order of `_halves`."""
         q = _halves(p.w, rows).view(torch.int8).sub_(8)
         _, cols, half = q.shape
         pairs = p.scale[:, rows.start : rows.start + 2 * half].to(dtype)
