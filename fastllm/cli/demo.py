@@ -11,8 +11,8 @@ from typing import Any
 
 HELP = "Gemma 3 270M before and after, on this machine, in some minutes"
 PROMPT = "The three largest cities of France are"
-# "int4" is int4 throughout, with what costs such a small model least: groups of 32, half-quadratic rounding. "mixed" is
-# what serves it best below 8 bits: nearly two thirds of the bytes that it reads are the output head, which bears 4
+# "int4" is int4 throughout, with what costs such a small model least: groups of 32, half-quadratic rounding. "mixed"
+# is what serves it best below 8 bits: nearly two thirds of the bytes that it reads are the output head, which bears 4
 # bits far better than the layers do (bench/results has the perplexities).
 SETTINGS: dict[str, dict[str, Any]] = {
     "int4": {"group_size": 32, "method": "hqq", "lm_head": "int4-g32"},

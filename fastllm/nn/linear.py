@@ -145,8 +145,9 @@ class QuantLinear(nn.Module):
         self._parameters["weight_packed"] = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # straight from the dictionaries: a small layer is called in some 20 us, and nn.Module.__getattr__ takes 2 of them
-        parameters, buffers = self._parameters, self._buffers
+        # straight from the dictionaries: a small layer is called in 20 us, of which nn.Module.__getattr__ would take 2
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         return quant_matmul(
             x,
             parameters["weight_packed"],
