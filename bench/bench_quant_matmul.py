@@ -69,7 +69,7 @@ def bench_shape(format: IntFormat, N: int, K: int, seconds: float) -> list[dict[
             if not error <= 6e-3 * want.norm():
                 raise SystemExit(f"{name} is wrong at M={M}, N={N}, K={K}: relative error {error / want.norm():.1e}")
             calls[name] = [partial(layout.matmul, x, p, N, format.bits, format.group_of(K)) for p in packed[name]]
-        if M > 64:
+        if M > 128:
             calls = {name: found for name, found in calls.items() if name not in ("int4pack", "int8pack")}
         times = alternate(calls, seconds)
         rows.append({"format": format.name, "N": N, "K": K, "M": M, "layout": chosen.name, "seconds": times})

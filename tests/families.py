@@ -65,4 +65,4 @@ def ids(batch: int = 2, length: int = 9) -> Tensor:
 def outputs(model: PreTrainedModel) -> Tensor:
     """Logits, or the last hidden state of an encoder."""
     with torch.no_grad():
-        return model(ids())[0]
+        return model(ids().to(model.device))[0]

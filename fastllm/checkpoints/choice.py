@@ -1,7 +1,9 @@
 """Which weights get which format: the rule behind `weights=`, `lm_head=`, `include=` and `exclude=`."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from ..formats import IntFormat, parse_format
 
@@ -26,9 +28,14 @@ class Choice:
         self.table = {pattern: None if f is None else parse_format(f, group_size) for pattern, f in table.items()}
         self.lm_head = parse_format(lm_head) if isinstance(lm_head, (str, IntFormat)) else lm_head
 
-    def format(self, name: str, is_head: bool, N: int) -> tuple[IntFormat | None, str, str]:
-        """(the format of the module `name` with N outputs or None, why there is none, what to do about it)."""
-        format, reason, remedy = self._format(name, is_head)
+    def format(self, name: str, N: int, head_of: Any = None) -> tuple[IntFormat | None, str, str]:
+        """(the format of the module `name` with N outputs or None, why there is none, what to do about it).
+
+        head_of: the model whose output head it is, if it is one.
+        """
+        format, reason, remedy = self._format(name, head_of is not None)
+        if format is not None and asks_if_tied(head_of):
+            return None, f"{type(head_of).__name__} computes something else when its head is not tied", "untie it"
         if format is not None and N < SMALLEST and self.table.get(name) is None:
             return None, f"{N} outputs: too small to matter", "name it in weights={...} to insist"
         return format, reason, remedy
@@ -53,3 +60,10 @@ class Choice:
 def matches(name: str, patterns: Patterns) -> bool:
     """Whether `name` matches one of `patterns`, as file names do."""
     return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def asks_if_tied(model: Any) -> bool:
+    """Whether the forward pass depends on the head being tied, as T5's descendants do: a quantized copy is not."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None) if model is not None else None
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return bool(tied) and code is not None and "tie_word_embeddings" in code.co_names

@@ -44,7 +44,7 @@ def load_gguf(
 
 def _require_gguf() -> None:
     if find_spec("gguf") is None:
-        raise ImportError("GGUF files need the `gguf` package: pip install 'fastllm-kernels[demo]'")
+        raise ImportError("GGUF files need the package `gguf`: pip install gguf")
 
 
 def _check(header: Header) -> None:

@@ -16,8 +16,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..formats import IntFormat
-from ..nn import QuantLinear
 from ..nn.experts import is_experts, up_name
+from ..nn.linear import move_hook
 from ..progress import track
 from .choice import Choice, Patterns
 from .compressed_tensors import CheckpointError, Stored
@@ -129,14 +129,14 @@ class FastllmQuantizer(HfQuantizer):
         choice, head = self.settings.choice(), model.get_output_embeddings()
         for name, module in model.named_modules():
             if is_experts(module):
-                format, _, _ = choice.format(name, False, module.down_proj.shape[1])
+                format, _, _ = choice.format(name, module.down_proj.shape[1])
                 if format is not None:
                     understood(name, module)
                     self.slots[name] = ExpertSlots(module, module.down_proj.dtype, dense=format)
             elif is_linear(module):
                 transposed, weight = not isinstance(module, nn.Linear), module.weight
                 shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
-                format, _, _ = choice.format(name, module is head, shape[0])
+                format, _, _ = choice.format(name, shape[0], model if module is head else None)
                 if format is not None:
                     bias = module.bias is not None
                     self.slots[name] = Slot(shape, weight.dtype, bias, dense=format, transposed=transposed)
@@ -232,7 +232,7 @@ class FastllmQuantizer(HfQuantizer):
             layer = slot.finish(name)
             layer.train(slot.training)
             if hook := getattr(slot, "_hf_hook", None):
-                _move_hook(hook, layer)
+                move_hook(hook, layer)
             model.set_submodule(name, layer)
         left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         if left:
@@ -272,15 +272,3 @@ def _refuse_offload(model: PreTrainedModel) -> None:
             f"device_map places layers on {', '.join(sorted(devices))}: packed layers cannot be offloaded; use "
             "device_map={'': 0}, or fewer bits"
         )
-
-
-def _move_hook(hook: Any, new: nn.Module) -> None:
-    """Give `new` the accelerate hook that moves a layer's inputs to its device."""
-    from accelerate.hooks import add_hook_to_module
-
-    layers = [module for module in new.modules() if isinstance(module, QuantLinear)]
-    for layer in layers:
-        layer.to_rest()  # the hook looks at every parameter
-    add_hook_to_module(new, hook)
-    for layer in layers:
-        layer.prepare()

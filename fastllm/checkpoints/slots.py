@@ -224,8 +224,9 @@ def understood(name: str, experts: nn.Module) -> None:
         for key, p in experts.named_parameters(recurse=False):
             values = torch.randn(1, *p.shape[1:], generator=generator).mul_(0.05).to(p.dtype)
             sample._parameters[key] = nn.Parameter(values.expand(p.shape).clone(), requires_grad=False)
-        if not agrees(sample):
-            raise ValueError(
-                f"{name}: {type(experts).__name__} does not compute a gated sum of its experts as transformers "
-                f"defines it; leave it out with exclude={name!r}"
-            )
+        try:
+            why = "" if agrees(sample) else f"{type(experts).__name__} does not compute a gated sum of its experts"
+        except ValueError as error:
+            why = str(error)
+        if why:
+            raise ValueError(f"{name}: {why}; leave it out with exclude={name!r}")

@@ -56,7 +56,10 @@ def mix(shell: Any, project: Project, count: int, hidden: Tensor, index: Tensor,
 
 
 def agrees(experts: Any) -> bool:
-    """Whether `mix` over the dense weights computes what `experts` computes, on a small random input."""
+    """Whether `mix` over the dense weights computes what `experts` computes, on a small random input.
+
+    Raises ValueError for experts that do not run at all.
+    """
     weight, _ = expert_weight(experts, "up", 0)
     count = getattr(experts, up_name(experts)).shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -70,10 +73,11 @@ def agrees(experts: Any) -> bool:
         return nn.functional.linear(x, *expert_weight(experts, which, expert))
 
     with torch.no_grad():
-        want, got = (
-            experts(hidden, index, weights).float(),
-            mix(experts, project, count, hidden, index, weights).float(),
-        )
+        try:
+            want = experts(hidden, index, weights).float()
+        except RuntimeError as error:
+            raise ValueError(f"{type(experts).__name__} does not run as it is: {error}") from error
+        got = mix(experts, project, count, hidden, index, weights).float()
     return bool((got - want).norm() <= 0.02 * want.norm())
 
 

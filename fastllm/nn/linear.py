@@ -194,3 +194,15 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.prepare()
+
+
+def move_hook(hook: Any, new: nn.Module) -> None:
+    """Give `new`, a layer or several, the accelerate hook of the module that it replaces, which moves its inputs."""
+    from accelerate.hooks import add_hook_to_module
+
+    layers = [module for module in new.modules() if isinstance(module, QuantLinear)]
+    for layer in layers:
+        layer.to_rest()  # the hook looks at every parameter
+    add_hook_to_module(new, hook)
+    for layer in layers:
+        layer.prepare()

@@ -1,6 +1,6 @@
 """int4 weights on a CPU: the layout of `torch.ops.aten._weight_int4pack_mm_for_cpu`.
 
-The operator is the fastest way to read an int4 weight once; from about 50 rows on it loses to a dense product, so
+The operator is the fastest way to read an int4 weight once; from about 80 rows on it loses to a dense product, so
 larger products dequantise a few MB at a time and multiply in bfloat16 (bench/results has the measurements).
 """
 
@@ -41,7 +41,7 @@ def _tile() -> tuple[int, Tensor | None]:
 
 class Int4Pack(Layout):
     name, runs = "int4pack", "aten int4pack / bf16 GEMM"
-    direct_rows = 48  # rows of x up to which the operator beats dequantising and a GEMM
+    direct_rows = 80  # rows of x up to which the operator beats dequantising and a GEMM
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return [

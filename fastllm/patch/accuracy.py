@@ -46,8 +46,9 @@ def probe(model: Any, prompt: Tensor | None) -> Tensor:
 
 def outputs(model: Any, ids: Tensor) -> Tensor:
     """Logits, or the last hidden state of an encoder, float32 [T, V]."""
+    decoder = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     with torch.no_grad():
-        out = model(input_ids=ids)
+        out = model(input_ids=ids, **decoder)
     logits = getattr(out, "logits", None)
     return (out.last_hidden_state if logits is None else logits).flatten(0, -2).float()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..checkpoints import SaveHook
 from ..formats import IntFormat
 from ..nn import QuantExperts, QuantLinear
+from ..nn.linear import move_hook
 from ..progress import track
 from .accuracy import agreement, outputs, probe
 from .errors import NotSupportedError, refuse_coverage, refuse_state
@@ -104,22 +105,9 @@ def _replace(model: Any, decision: Decision, patch: Patch, method: str | None) -
     # measured, where the plan could only foresee: some layouts keep the scales in a form of their own
     decision.after = round(sum(layer.nbytes for layer in layers) * decision.before / dense)
     if hook := getattr(original, "_hf_hook", None):
-        _move_hook(hook, new)
+        move_hook(hook, new)
     patch.originals[decision.name] = original
     model.set_submodule(decision.name, new)
-
-
-def _move_hook(hook: Any, new: nn.Module) -> None:
-    """Give `new` the accelerate hook that moves a layer's inputs to its device."""
-    from accelerate.hooks import add_hook_to_module
-
-    for module in new.modules():
-        if isinstance(module, QuantLinear):
-            module.to_rest()  # the hook looks at every parameter
-    add_hook_to_module(new, hook)
-    for module in new.modules():
-        if isinstance(module, QuantLinear):
-            module.prepare()
 
 
 def is_patched(model: nn.Module) -> bool:

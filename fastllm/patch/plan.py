@@ -124,7 +124,7 @@ class Planner:
         decision = Decision(name, kind, size, size)
         weight = module.weight
         N, K = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-        format, reason, remedy = self.choice.format(name, is_head, N)
+        format, reason, remedy = self.choice.format(name, N, model if is_head else None)
         if format is None:
             return self._leave(decision, reason, remedy)
         decision.after = self._take(decision, format, N, K, weight, 1, getattr(module, "bias", None) is not None)
@@ -148,7 +148,7 @@ class Planner:
         count, size = len(up), _bytes(module)
         share = self._share(model, count)
         decision = Decision(name, "experts", int(size * share), int(size * share), layers=count)
-        format, reason, remedy = self.choice.format(name, False, module.down_proj.shape[1])
+        format, reason, remedy = self.choice.format(name, module.down_proj.shape[1])
         if format is None:
             return self._leave(decision, reason, remedy)
         total = 0
