@@ -31,6 +31,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "int4-g32 hqq, int4-g32 head": {"weights": "int4-g32", "lm_head": "int4-g32"},
     "int8, int4-g32 head": {"weights": {"lm_head": "int4-g32", "*": "int8"}},
     "int8, int4-g32-asym head": {"weights": {"lm_head": "int4-g32-asym", "*": "int8"}},
+    "int8, int4-g64 head": {"weights": {"lm_head": "int4-g64", "*": "int8"}},
 }
 
 
