@@ -2,6 +2,7 @@
 
 import json
 import platform
+import random
 import re
 import statistics
 import time
@@ -32,16 +33,18 @@ def copies(bytes_each: int) -> int:
 
 
 def alternate(calls: dict[str, Sequence[Callable[[], Any]]], seconds: float = 0.4) -> dict[str, float]:
-    """Median seconds of each entry, measured in turns (A B C, A B C, ...) so that noise falls on all alike.
+    """Median seconds of each entry, measured in turns so that noise falls on all alike.
 
-    An entry is a rotation of equivalent calls, each with a weight of its own.
+    The order of a turn is drawn anew each time: what ran before decides what is in the caches. An entry is a rotation
+    of equivalent calls, each with a weight of its own.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for rotation in calls.values():
         rotation[0]()
-    turn, start = 0, time.perf_counter()
+    turn, start, order = 0, time.perf_counter(), random.Random(0)
     while turn < 5 or time.perf_counter() - start < seconds * len(calls):
-        for name, rotation in calls.items():
+        for name in order.sample(list(calls), len(calls)):
+            rotation = calls[name]
             call = rotation[turn % len(rotation)]
             before = time.perf_counter()
             call()

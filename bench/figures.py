@@ -1,0 +1,65 @@
+"""Put the figures of a demo's result file into README.md, so that none is typed.
+
+python bench/figures.py [bench/results/<device>/demo.json]
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- figures: bench/figures.py writes this part -->", "<!-- /figures -->"
+
+
+def section(path: Path) -> str:
+    """Markdown: the picture beside the result file `path`, and its table."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    dense, runs, machine = result["baseline"], result["runs"], result["machine"]
+    folder, versions = path.parent.relative_to(ROOT), result["versions"]
+    lines = [
+        f"![Tokens per second, bytes read per token and perplexity]({folder}/demo.png)",
+        "",
+        "| | tokens/s | 512 tokens read | MB read per token | perplexity | load | peak memory |",
+        "|---|---|---|---|---|---|---|",
+        row("dense bfloat16", dense, dense),
+        *(row(name, run, dense) for name, run in runs.items()),
+        "",
+        f"Gemma 3 270M on {machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; measured by `make demo` ([{path.name}]({folder}/{path.name}) has the protocol). "
+        f"`mixed` is int8 with an int4 output head. {result['verdict']}",
+    ]
+    return "\n".join(lines)
+
+
+def row(name: str, run: dict[str, Any], dense: dict[str, Any]) -> str:
+    ratio = "" if run is dense else f" ({run['decode_tok_s'] / dense['decode_tok_s']:.2f}x)"
+    prefill = "" if run is dense else f" ({dense['prefill_s'] / run['prefill_s']:.2f}x)"
+    return (
+        f"| {name} | {run['decode_tok_s']:.1f}{ratio} | {run['prefill_s']:.2f} s{prefill} "
+        f"| {run['bytes_per_token'] / 1e6:.0f} | {run['perplexity']:.2f} | {run['load_s']:.1f} s "
+        f"| {run['peak_rss_bytes'] / 1e6:.0f} MB |"
+    )
+
+
+def replaced(readme: str, path: Path) -> str:
+    """The text of README.md with the figures of `path`."""
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + "\n" + section(path) + "\n" + END + rest.split(END)[1]
+
+
+def results() -> list[Path]:
+    return sorted(ROOT.glob("bench/results/*/demo.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", nargs="?", type=Path, default=None, help="default: the one in bench/results")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = replaced(readme.read_text(encoding="utf-8"), (args.result or results()[0]).resolve())
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
