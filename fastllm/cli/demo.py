@@ -11,9 +11,9 @@ from typing import Any
 
 HELP = "Gemma 3 270M before and after, on this machine, in some minutes"
 PROMPT = "The three largest cities of France are"
-# "int4" is int4 throughout, in groups of 32, which cost such a small model least. "mixed" is what serves it best below 8
-# bits: nearly two thirds of the bytes that it reads are the output head, which bears 4 bits far better than the layers
-# do (the perplexities are in bench/results).
+# "int4" is int4 throughout, in groups of 32, which cost such a small model least. "mixed" is what serves it best below
+# 8 bits: nearly two thirds of the bytes that it reads are the output head, which bears 4 bits far better than the
+# layers do (the perplexities are in bench/results).
 SETTINGS: dict[str, dict[str, Any]] = {
     "int4": {"group_size": 32, "lm_head": "int4-g32"},
     "mixed": {"weights": {"lm_head": "int4-g64", "*": "int8"}},
