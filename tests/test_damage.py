@@ -11,6 +11,7 @@ import pytest
 import torch
 from by_hand import write_by_hand
 from safetensors.torch import load_file, save_file
+from tiny import build
 from torch import Tensor
 
 import fastllm
@@ -135,6 +136,34 @@ def test_missing_files_are_named(tmp_path: Path, copied: Path) -> None:
     (copied / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ValueError, match="index.json is damaged"):
         fastllm.load(copied)
+    (copied / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        fastllm.load(copied)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", '{"quantization_config": "abc"}', '{"quantization_config": [1]}'])
+def test_a_config_that_is_no_table_is_refused(copied: Path, text: str) -> None:
+    (copied / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        fastllm.load(copied)
+
+
+def test_dense_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({f"{UP}.weight": torch.zeros(256, 96).bfloat16()}))
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        with pytest.raises(ValueError, match=r"up_proj.*\[256, 96\]"):
+            fastllm.load(tmp_path, weights="int8", quiet=True)
+        (tmp_path / name).unlink()
+
+
+def test_experts_that_are_too_many_are_refused(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 3}))
+    with pytest.raises(ValueError, match=r"layers.\d.mlp.*\[4, .*\[3, "):
+        fastllm.load(tmp_path, weights="int8", quiet=True)
 
 
 def weights_with(**settings: Any) -> dict[str, Any]:
@@ -158,6 +187,18 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "float": (weights_with(type="float"), "type 'float'"),
     "bits": (weights_with(num_bits=3), "num_bits 3"),
+    "bits of a float": (weights_with(num_bits=4.0), r"weights.num_bits is 4.0, not of type int"),
+    "symmetric of text": (weights_with(symmetric="false"), "weights.symmetric is 'false', not of type bool"),
+    "groups of a number": ({"config_groups": {"g": 5}}, "config_groups.g is 5, not a table"),
+    "groups of a list": ({"config_groups": [1]}, "config_groups is .*not a table"),
+    "weights of a list": (
+        {"config_groups": {"g": {"weights": [1]}}},
+        r"g.weights is \[1\], not a table",
+    ),
+    "targets of a number": ({"config_groups": {"g": {"targets": 5}}}, "targets is 5, not a list of names"),
+    "ignore of numbers": ({"ignore": [5]}, r"ignore is \[5\], not a list of names"),
+    "ignore of no pattern": ({"ignore": ["re:("]}, r"ignore is 're:\(', not a regular expression"),
+    "sparsity of text": ({"sparsity_config": "x"}, "sparsity_config is 'x', not a table"),
     "actorder": (weights_with(actorder="group"), "actorder 'group'"),
     "block": (weights_with(strategy="block"), "strategy 'block'"),
     "group": (weights_with(group_size=0), "group_size 0"),

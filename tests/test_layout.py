@@ -21,7 +21,7 @@ LINK = ROOT / "fastllm/kernels"
 
 # A part imports itself and parts of earlier rows, nothing else.
 LAYERS = [
-    {"kernels", "formats", "progress", "data"},
+    {"kernels", "formats", "probe", "progress", "data"},
     {"quantizers"},
     {"ops"},
     {"nn"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"patch"},
     {"diagnose", "compress", "decode", "distributed", "distill"},
     {"cli"},
+    {"__main__"},
 ]
 
 HUGGING_FACE_KERNELS = """

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fastllm import QuantExperts, QuantLinear
 from fastllm.formats import FORMATS, QuantizedWeight, parse_format
 from fastllm.nn.experts import agrees, is_experts
+from fastllm.quantizers import QUANTIZERS, quantize
 
 FORMATS_HERE = ["int4-g32", "int4-g64-asym", "int8", "int8-g64"]
 
@@ -186,6 +187,29 @@ def test_experts_that_do_something_else_are_refused():
     with pytest.raises(ValueError, match="Experts does not compute the sum of its experts"):
         QuantExperts.from_experts(Experts(skew=0.2), FORMATS["int8"])
     assert not is_experts(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "int8-g64", "int4-g32-asym"])
+def test_what_x_must_be(format):
+    layer = QuantLinear.from_linear(nn.Linear(128, 64, dtype=torch.bfloat16), format)
+    for width in (127, 64, 129, 256, 0):
+        with pytest.raises(ValueError, match=rf"\[\.\.\., 128\], got torch.bfloat16 \[3, {width}\]"):
+            layer(torch.randn(3, width, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="must be floating point .* got torch.int64"):
+        layer(torch.ones(3, 128, dtype=torch.long))
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+@pytest.mark.parametrize("format", FORMATS_HERE)
+def test_layers_take_either_method(format, method):
+    linear = nn.Linear(128, 64, dtype=torch.bfloat16)
+    layer = QuantLinear.from_linear(linear, format, method, group_size=32)
+    assert layer.format.group == 32
+    want = quantize(linear.weight.detach(), layer.format, method)
+    for got, expected in zip(layer.at_rest(), want, strict=True):
+        assert (got is None) == (expected is None)
+        if expected is not None:
+            assert_equal(got, expected)
 
 
 def test_little_is_added_to_a_call(device):

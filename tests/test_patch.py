@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from close import assert_close, assert_equal
-from families import FAMILIES, build, ids, outputs
+from families import FAMILIES, VOCABULARY, build, ids, outputs
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 import fastllm
 from fastllm import QuantExperts, QuantLinear
@@ -126,6 +126,34 @@ def test_the_context_manager_undoes_on_errors():
     fastllm.optimize(model, "int4", **QUIET)
     with pytest.raises(NotSupportedError, match="already optimized"), fastllm.optimized(model):
         pass
+
+
+def test_the_context_manager_has_no_dry_run():
+    model = build("llama")
+    with pytest.raises(ValueError, match="would change nothing"), fastllm.optimized(model, dry_run=True):
+        pass
+    assert "_fastllm" not in model.__dict__ and not linears(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_encoder_with_a_decoder(tied):
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}
+    config = T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids(), decoder_input_ids=ids()).logits
+
+    before, shown = logits(), str(model)
+    report = fastllm.optimize(model, "int8", min_coverage=0.3, **QUIET)
+    assert report.accuracy.top1 > 0.5 and len(linears(model)) >= 2 * 6 + 2 * 10
+    assert 0 < (logits() - before).float().norm() < 0.05 * before.float().norm()
+    assert model.generate(ids(), max_new_tokens=4, do_sample=False).shape[0] == 2
+    fastllm.restore(model)
+    assert str(model) == shown
+    assert_equal(logits(), before)
 
 
 def test_restore_needs_something_to_restore():

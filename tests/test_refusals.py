@@ -15,11 +15,11 @@ from fastllm.patch import CoverageError, NotSupportedError
 QUIET = {"quiet": True}
 
 
-def refused(model, error, match, **options):
+def refused(model, error, match, keeps_hook=False, **options):
     shown = str(model)
     with pytest.raises(error, match=match):
         fastllm.optimize(model, **{**QUIET, **options})
-    assert str(model) == shown and "_fastllm" not in model.__dict__ and not hasattr(model, "hf_quantizer")
+    assert str(model) == shown and "_fastllm" not in model.__dict__ and hasattr(model, "hf_quantizer") == keeps_hook
 
 
 def test_training_mode_is_refused():
@@ -141,3 +141,17 @@ def test_experts_that_do_not_run_are_refused(tmp_path):
     tiny.build("mixtral", intermediate_size=100).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="layers.0.mlp.experts: MixtralExperts does not run as it is: .*exclude="):
         fastllm.load(tmp_path, weights="int8", quiet=True)
+
+
+def test_a_loaded_packed_model_is_not_packed_again(tmp_path):
+    model = build("llama")
+    fastllm.optimize(model, "int8", **QUIET)
+    model.save_pretrained(tmp_path)
+    loaded = fastllm.load(tmp_path, quiet=True)
+    refused(loaded, CoverageError, "already quantized by fastllm.*start from the dense checkpoint", keeps_hook=True)
+
+
+@pytest.mark.parametrize("option", [{"device_map": "cpu"}, {"weights": "int8"}, {"attn_implementation": "eager"}])
+def test_a_gguf_file_takes_no_options(tmp_path, option):
+    with pytest.raises(ValueError, match=f"without {next(iter(option))}=; call model.to"):
+        fastllm.load(tmp_path / "model.gguf", **option)

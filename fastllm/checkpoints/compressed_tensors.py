@@ -127,11 +127,12 @@ class Stored:
 
     def __init__(self, config: Mapping[str, Any]):
         """Raises CheckpointError naming what is not supported, and what to do."""
+        _check_types(config)
         _refuse(config)
-        self.ignore = [str(name) for name in config.get("ignore") or []]
+        self.ignore = list(config.get("ignore") or [])
         self.groups: list[tuple[list[str], Scheme]] = []
         for name, group in config["config_groups"].items():
-            self.groups.append(([str(t) for t in group.get("targets") or []], _read_scheme(name, group, config)))
+            self.groups.append((list(group.get("targets") or []), _read_scheme(name, group, config)))
 
     def scheme(self, name: str) -> Scheme | None:
         """The scheme of the linear layer `name`, None if it is dense."""
@@ -162,6 +163,37 @@ def _matches(name: str, target: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
     return target in (name, "Linear")
+
+
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a value of the wrong type, and for a pattern that is none."""
+
+    def expect(good: bool, where: str, value: Any, what: str) -> None:
+        if not good:
+            raise CheckpointError(f"quantization_config.{where} is {value!r}, not {what}: the file is damaged")
+
+    def patterns(where: str, value: Any) -> None:
+        names = [] if value is None else value
+        expect(isinstance(names, list) and all(isinstance(n, str) for n in names), where, value, "a list of names")
+        for name in names:
+            try:
+                re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+            except re.error:
+                expect(False, where, name, "a regular expression")
+
+    sparse, groups = config.get("sparsity_config"), config.get("config_groups") or {}
+    expect(sparse is None or isinstance(sparse, Mapping), "sparsity_config", sparse, "a table")
+    patterns("ignore", config.get("ignore"))
+    expect(isinstance(groups, Mapping), "config_groups", groups, "a table")
+    for key, group in groups.items():
+        where = f"config_groups.{key}"
+        expect(isinstance(group, Mapping), where, group, "a table")
+        patterns(f"{where}.targets", group.get("targets"))
+        weights = group.get("weights") or {}
+        expect(isinstance(weights, Mapping), f"{where}.weights", weights, "a table")
+        for name, kind in (("num_bits", int), ("symmetric", bool), ("strategy", str), ("type", str)):
+            value = weights.get(name)
+            expect(value is None or type(value) is kind, f"{where}.weights.{name}", value, f"of type {kind.__name__}")
 
 
 def _refuse(config: Mapping[str, Any]) -> None:

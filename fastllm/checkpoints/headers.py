@@ -1,6 +1,7 @@
 """The headers of safetensors files, read before anything is allocated."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ def find_files(folder: Path) -> list[str]:
     if not index.is_file():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted({os.fspath(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}") from error
     missing = [name for name in names if not (folder / name).is_file()]

@@ -1,5 +1,6 @@
 """`load`: a model with packed layers, straight from a checkpoint."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 from transformers.utils import logging as transformers_logging
 
 from ..formats import IntFormat
+from ..probe import outputs, probe, reads_tokens, refuse_nan
 from .choice import Patterns
 from .compressed_tensors import METHOD, CheckpointError, Stored
 from .headers import INDEX, find_files, read_headers
@@ -35,19 +37,23 @@ def load(
 ) -> PreTrainedModel:
     """The model of the checkpoint `path`, in evaluation mode, as `from_pretrained` gives it but with packed layers.
 
-    path:       a folder with a compressed-tensors checkpoint (`pack-quantized`), whose layers stay packed; or with a
-                dense one, which `weights` quantizes tensor by tensor, so that it is never in memory as a whole (None:
-                it stays dense); or a GGUF file, which is loaded dense
+    path:       a local folder with a compressed-tensors checkpoint (`pack-quantized`), whose layers stay packed; or
+                with a dense one, which `weights` quantizes tensor by tensor, so that it is never in memory as a whole
+                (None: it stays dense); or a GGUF file, which is loaded dense
+    dtype:      of what is not packed, a torch dtype or its name; default: the checkpoint's (GGUF: bfloat16)
+    device_map: as in transformers, but nothing can be offloaded
     weights, group_size, method, lm_head, include, exclude: as in `fastllm.optimize`, for dense checkpoints
+    quiet:      no progress
     auto_class: a class with `from_pretrained`; by default the one that config.json names
     kwargs:     go to `from_pretrained`
 
-    The model can be saved with `save_pretrained`. Raises FileNotFoundError, or ValueError naming the layer or file,
-    the numbers and what to do.
+    The model can be saved with `save_pretrained`. Raises FileNotFoundError, ImportError where `gguf` is missing, or
+    ValueError (CheckpointError is one) naming the layer or file, the numbers and what to do.
     """
     folder = Path(path)
     if folder.suffix == ".gguf":
-        return _load_gguf(folder, dtype, weights)
+        others = {"device_map": device_map, "weights": weights, "auto_class": auto_class, **kwargs}
+        return _load_gguf(folder, dtype, [name for name, value in others.items() if value is not None])
     config = _read_config(folder, bool(kwargs.get("trust_remote_code")))
     stored = _take_stored(config)
     if stored is not None:
@@ -66,17 +72,22 @@ def load(
             f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:8])}; it is "
             "incomplete, or of another architecture (see auto_class)"
         )
+    if weights is not None and reads_tokens(model) and config.get_text_config() is config:
+        refuse_nan(outputs(model, probe(model, None)))
     return model
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | str | None, weights: object) -> PreTrainedModel:
+def _load_gguf(path: Path, dtype: torch.dtype | str | None, others: list[str]) -> PreTrainedModel:
     from .gguf import load_gguf
 
-    if weights is not None:
-        raise ValueError("a GGUF file is loaded dense; call fastllm.optimize(model, ...) on the result")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    model, _ = load_gguf(path) if dtype is None else load_gguf(path, dtype)
-    return model
+    if others:
+        raise ValueError(
+            f"a GGUF file is loaded dense, on the CPU, without {', '.join(others)}=; call model.to(device) and "
+            "fastllm.optimize(model, ...) on the result"
+        )
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    return load_gguf(path, dtype or torch.bfloat16)[0]
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -84,7 +95,20 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise FileNotFoundError(f"{folder} is neither a folder with a checkpoint nor a .gguf file")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
+    _check_config(folder / "config.json")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _check_config(path: Path) -> None:
+    """Raise CheckpointError for what transformers would stumble over."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    parts = [config, *config.values()] if isinstance(config, dict) else []
+    stored = [part.get("quantization_config") for part in parts if isinstance(part, dict)]
+    if not parts or not all(isinstance(found, (dict, type(None))) for found in stored):
+        raise CheckpointError(f"{path} is damaged: it, or its quantization_config, is no table")
 
 
 def _take_stored(config: PretrainedConfig) -> dict[str, Any] | None:

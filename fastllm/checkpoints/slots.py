@@ -62,7 +62,9 @@ class Slot(nn.Module):
 
     def quantize(self, weight: Tensor, method: str | None) -> None:
         """Quantize the dense weight; it can then be freed."""
-        self.quantized = [_quantize(weight.t() if self.transposed else weight, self.dense, method)]
+        weight = weight.t() if self.transposed else weight
+        _expect(weight, self.shape)
+        self.quantized = [_quantize(weight, self.dense, method)]
         self._parameters.pop("weight", None)
 
     def take(self, name: str) -> QuantizedWeight:
@@ -95,6 +97,11 @@ class Slot(nn.Module):
         assert self.scheme is not None
         weight, format = coalesce(weight, self.scheme, self.shape[1], name)
         return QuantLinear(weight, self.shape, format)
+
+
+def _expect(weight: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != tuple(shape):
+        raise CheckpointError(f"the checkpoint has a weight {list(weight.shape)}, the model {list(shape)}")
 
 
 def _quantize(weight: Tensor, format: IntFormat | None, method: str | None) -> QuantLinear:
@@ -179,6 +186,7 @@ class ExpertSlots(nn.Module):
         """Quantize the dense 3-D weight `weight_name`, expert by expert."""
         which = next(w for w, n in self.weights.items() if n == weight_name)
         transposed = self._shell[0].is_transposed
+        _expect(weight.transpose(1, 2) if transposed else weight, self.shapes[which])
         self.quantized[which] = [_quantize(w.t() if transposed else w, self.dense, method) for w in weight]
         self._parameters.pop(weight_name, None)
 

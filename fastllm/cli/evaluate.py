@@ -23,11 +23,14 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     from ..data import sample_text
     from ..diagnose import perplexity
 
+    weights = None if args.weights == "none" else args.weights
+    if weights is None:
+        common.refuse_options(args)
     text = args.text.read_text(encoding="utf-8") if args.text else sample_text()
     model, tokenizer = common.load(args)
-    result: dict[str, Any] = {"model": args.model, "weights": args.weights}
-    if args.weights:
-        report = common.optimize(model, args, args.weights)
+    result: dict[str, Any] = {"model": args.model, "weights": weights}
+    if weights is not None:
+        report = common.optimize(model, args, weights)
         result["report"] = report.to_dict()
         print(report)
     found = perplexity(model, text, tokenizer, window=args.window, windows=args.windows)

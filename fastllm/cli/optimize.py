@@ -1,4 +1,4 @@
-"""Quantize a model and save it in a public format, which transformers and vLLM load without fastllm."""
+"""Quantize a model and save it in a public format: transformers loads it without fastllm (with compressed-tensors)."""
 
 import argparse
 import time

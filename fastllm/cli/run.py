@@ -26,11 +26,13 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--compare needs a model that is not quantized yet, and --weights to quantize it")
     if quantized and args.weights not in (None, "none"):
         raise ValueError(f"{args.model} is quantized already; leave --weights out, or give the dense checkpoint")
+    weights = None if quantized or args.weights == "none" else args.weights or "int4"
+    if weights is None:
+        common.refuse_options(args)
     ids = common.encode(tokenizer, args.prompt)
     result: dict[str, Any] = {"model": args.model, "prompt": args.prompt, "prompt_tokens": ids.shape[1], "runs": {}}
     if args.compare:
         result["runs"]["dense"] = _run("dense", model, tokenizer, ids, args.new_tokens)
-    weights = None if quantized or args.weights == "none" else args.weights or "int4"
     if weights is not None:
         report = common.optimize(model, args, weights, prompt=ids)
         result["report"] = report.to_dict()

@@ -62,12 +62,11 @@ def agrees(experts: Any) -> bool:
     """
     weight, _ = expert_weight(experts, "up", 0)
     count = getattr(experts, up_name(experts)).shape[0]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, weight.shape[1], generator=generator).to(weight)
-    index = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(4)]).to(
-        weight.device
-    )
-    weights = torch.rand(index.shape, generator=generator).to(weight)
+    generator = torch.Generator("cpu").manual_seed(0)
+    hidden = torch.randn(4, weight.shape[1], generator=generator, device="cpu").to(weight)
+    few = [torch.randperm(count, generator=generator, device="cpu")[: min(2, count)] for _ in range(4)]
+    index = torch.stack(few).to(weight.device)
+    weights = torch.rand(index.shape, generator=generator, device="cpu").to(weight)
 
     def project(expert: int, which: str, x: Tensor) -> Tensor:
         return nn.functional.linear(x, *expert_weight(experts, which, expert))

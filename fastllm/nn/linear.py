@@ -66,6 +66,8 @@ class QuantLinear(nn.Module):
         """Quantize `linear` (an `nn.Linear`, or a transformers `Conv1D`, whose weight is [in, out]).
 
         method: "rtn" or "hqq"; by default hqq for 4 bits and rtn for 8, where hqq finds nothing to gain.
+        group_size: weights per scale, in place of the format's; -1: one scale per channel. The bias is shared.
+        Raises ValueError for an unknown format or method, and a weight that is not a finite floating-point matrix.
         """
         format = parse_format(format, group_size)
         weight = linear.weight.detach()
@@ -145,6 +147,9 @@ class QuantLinear(nn.Module):
         self._parameters["weight_packed"] = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features], floating point -> [..., out_features] in x's dtype. ValueError for anything else."""
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ValueError(f"x must be floating point [..., {self.in_features}], got {x.dtype} {list(x.shape)}")
         # straight from the dictionaries: a small layer is called in 20 us, of which nn.Module.__getattr__ would take 2
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
@@ -180,6 +185,9 @@ class QuantLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.to_rest()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        given, packed = state_dict.get(prefix + "weight_packed"), self.weight_packed
+        if given is not None and not packed.is_meta and packed.data_ptr() == given.data_ptr():
+            self._set_packed(packed.detach().clone())  # assign=True: preparing it must not touch what was given
         self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,14 +29,14 @@ def _tile() -> tuple[int, Tensor | None]:
     For each k of a block come its bytes; low nibbles first and high ones after, nibble i is row order[i] of the block.
     None stands for 0, 1, 2, ...
     """
-    n = torch.arange(TILE, dtype=torch.int32)[:, None].expand(TILE, 32)
-    k = (torch.arange(32, dtype=torch.int32) % 16).expand(TILE, 32)
+    n = torch.arange(TILE, dtype=torch.int32, device="cpu")[:, None].expand(TILE, 32)
+    k = (torch.arange(32, dtype=torch.int32, device="cpu") % 16).expand(TILE, 32)
     convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
     low, high, ks = (convert(v.contiguous(), 1).flatten() for v in (n & 15, n >> 4, k))
     per_k = int((ks != ks[0]).nonzero()[0])
     low, high = low[:per_k], high[:per_k]
     order = torch.cat(((low & 15) + ((high & 15) << 4), (low >> 4) + ((high >> 4) << 4))).long()
-    return per_k, None if torch.equal(order, torch.arange(2 * per_k)) else order.argsort()
+    return per_k, None if torch.equal(order, torch.arange(2 * per_k, device="cpu")) else order.argsort()
 
 
 class Int4Pack(Layout):
@@ -62,12 +62,12 @@ class Int4Pack(Layout):
         (N, K), group = shape, format.group_of(shape[1])
         g = native_group(group, K)
         rows, cols = -(-N // TILE) * TILE, -(-K // g) * g
-        w = torch.empty(rows, cols // 2, dtype=torch.uint8)
+        w = torch.empty(rows, cols // 2, dtype=torch.uint8, device="cpu")
         for start in range(0, N, self.step(K)):
             q = unpack_bits(weight.packed[start : start + self.step(K)], 4, K).to(torch.int32)
             q = pad(q, (0, cols - K, 0, -len(q) % TILE), value=8)
             w[start : start + len(q)] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-        owner = torch.arange(cols // g) * g // group  # the scale of each native group
+        owner = torch.arange(cols // g, device="cpu") * g // group  # the scale of each native group
         scale = weight.scale[:, owner]
         zero = torch.zeros_like(scale)
         if weight.zero_point is not None:
@@ -79,7 +79,7 @@ class Int4Pack(Layout):
 
     def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
         N, K = shape
-        packed = torch.empty(N, format.words(K), dtype=torch.int32)
+        packed = torch.empty(N, format.words(K), dtype=torch.int32, device="cpu")
         for rows in self._chunks(N, K):
             q = _stored(w, rows)  # [cols, n]
             packed[rows] = pack_bits(q[:K, : rows.stop - rows.start].t().contiguous(), 4)

@@ -77,7 +77,8 @@ class Int8Rows(Layout):
             return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)
         else:  # rounding the scale to the operator's dtype would cost as much as the quantization does
             y = torch.ops.aten._weight_int8pack_mm(xs, p.w, xs.new_ones(len(p.w)))
-        y = y.to(x.dtype).mul_(p.scale.to(x.dtype))
+        # sums of up to 127 times x overflow float16, and a float32 scale would lose bits in bfloat16
+        y = y.mul_(p.scale) if p.scale.dtype == y.dtype == x.dtype else y.float().mul_(p.scale).to(x.dtype)
         return y if len(p.w) == N else y[:, :N].contiguous()
 
 
@@ -95,7 +96,7 @@ class Int8Blocks(Layout):
 
     def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
         w = torch.ops.onednn.qlinear_prepack(_signed(weight.packed), None)
-        return Prepared(w, weight.scale.flatten().float(), torch.zeros(shape[0], dtype=torch.int32))
+        return Prepared(w, weight.scale.flatten().float(), torch.zeros(shape[0], dtype=torch.int32, device="cpu"))
 
     def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
         return _at_rest(w.to_dense().t())
@@ -125,8 +126,9 @@ def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True, dtype=torch.float32).clamp_(min=1e-30)
     inverse = (EXPONENT_OF_2_13 - (largest.view(torch.int32) & EXPONENT_BITS)).view(torch.float32)
+    inverse.masked_fill_(largest.isfinite().logical_not_(), float("nan"))  # such a row stays NaN
     fixed = torch.mul(x, inverse).add_(256 * 128 + 128 + 0.5).to(torch.int32)
-    digits = torch.empty(2, *x.shape, dtype=torch.uint8)
+    digits = torch.empty(2, *x.shape, dtype=torch.uint8, device=x.device)
     digits[0].copy_(fixed >> 8)
     digits[1].copy_(fixed)  # the conversion keeps the lowest 8 bits
     return digits.view(-1, x.shape[1]), inverse

@@ -11,8 +11,9 @@ from ..checkpoints import SaveHook
 from ..formats import IntFormat
 from ..nn import QuantExperts, QuantLinear
 from ..nn.linear import move_hook
+from ..probe import outputs, probe, refuse_nan
 from ..progress import track
-from .accuracy import agreement, outputs, probe
+from .accuracy import agreement
 from .errors import NotSupportedError, refuse_coverage, refuse_state
 from .plan import Decision, Patterns, Planner
 from .report import Report, memory
@@ -48,20 +49,23 @@ def optimize(
 
     weights:      "int4", "int8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module names:
                   format or None}, of which the first match counts and what matches none stays dense
-    group_size:   weights per scale, for formats that do not name it; -1: one scale per output channel
-    method:       "rtn" or "hqq"; by default hqq for 4 bits and rtn for 8
-    lm_head:      the format of the output head, or False to leave it; by default one scale per word at 8 bits. A tied
-                  head gets a quantized, read-only copy; the embedding stays as it is
-    include, exclude: patterns of module names
+    group_size:   weights per scale, in place of what `weights` says, but not in lm_head; -1: one per output channel
+    method:       "rtn" or "hqq" (see `fastllm.quantizers`); by default hqq for 4 bits and rtn for 8
+    lm_head:      the format of the output head; False: leave it; True: as `weights` says; by default one scale per
+                  word at 8 bits, or, where `weights` is a mapping, what that says. A tied head gets a quantized,
+                  read-only copy; the embedding stays as it is
+    include, exclude: patterns of module names, matched as file names are; exclude wins
     min_coverage: raise CoverageError if fewer of the bytes read per token would be quantized
-    keep:         keep the original modules, in the memory where they are, so that `restore` is exact; False frees them
-                  once all are replaced (`fastllm.load` quantizes while it reads and never holds both)
+    keep:         keep the original modules, where they are, so that `restore` is exact; False frees them at the end
+                  (`fastllm.load` quantizes while it reads and never holds both)
     prompt:       token ids [1, T] for the accuracy check; by default 64 random ones
     dry_run:      change nothing, only report
 
-    Raises NotSupportedError (training mode, quantized, offloaded or meta weights), CoverageError, or ValueError naming
-    the layer (NaN, unknown format); the model is then as it was. A second call only returns the first report.
+    Raises NotSupportedError (training mode, quantized, offloaded or meta weights) or CoverageError, both of them
+    ValueErrors of `fastllm.patch`, or ValueError (NaN, unknown format); the model is then as it was. A second call
+    only returns the first report.
     """
+    model = _inner(model)
     if is_patched(model):
         logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
         return model._fastllm.report
@@ -73,21 +77,29 @@ def optimize(
     report = Report(model, plan, keep)
     if dry_run:
         return report
-    ids = probe(model, prompt)
-    before = outputs(model, ids)
-    patch = Patch(report)
+    _apply(model, report, method, probe(model, prompt), prompt is not None, quiet)
+    return report
+
+
+def _apply(model: Any, report: Report, method: str | None, ids: Tensor, real: bool, quiet: bool) -> None:
+    """Do what `report` plans, all of it or nothing, and complete the report."""
+    before, patch, chosen = outputs(model, ids), Patch(report), report.plan.chosen
     with ExitStack() as on_failure:
         on_failure.callback(_undo, model, patch)
-        for decision in track(plan.chosen, "quantizing", [d.before for d in plan.chosen], quiet):
+        for decision in track(chosen, "quantizing", [d.before for d in chosen], quiet):
             _replace(model, decision, patch, method)
         patch.hook = SaveHook.attach(model)
-        report.accuracy = agreement(before, outputs(model, ids), report.has_vocabulary, real=prompt is not None)
+        after = outputs(model, ids)
+        if not bool(before.isnan().any()):
+            refuse_nan(after)
         on_failure.pop_all()
+    report.accuracy = agreement(before, after, report.has_vocabulary, real)
     report.memory_after = memory(model)
-    if not keep:
+    if report.keep:
+        report.memory_kept = memory(model, *patch.originals.values()) - report.memory_after
+    else:
         patch.originals.clear()
     model._fastllm = patch
-    return report
 
 
 def _replace(model: Any, decision: Decision, patch: Patch, method: str | None) -> None:
@@ -110,6 +122,11 @@ def _replace(model: Any, decision: Decision, patch: Patch, method: str | None) -
     model.set_submodule(decision.name, new)
 
 
+def _inner(model: Any) -> Any:
+    """The model itself, if `model` is what torch.compile made of it."""
+    return getattr(model, "_orig_mod", model)
+
+
 def is_patched(model: nn.Module) -> bool:
     return "_fastllm" in model.__dict__
 
@@ -118,6 +135,13 @@ def _undo(model: nn.Module, patch: Patch) -> None:
     if patch.hook is not None:
         patch.hook.detach()
     for name, original in patch.originals.items():
+        replaced = model.get_submodule(name)
+        layer = replaced.layers()[0] if isinstance(replaced, QuantExperts) else replaced
+        if isinstance(layer, QuantLinear):  # the model may have been moved, or set to train, since
+            weight, now = next(original.parameters()), layer.weight_scale
+            if (weight.dtype, weight.device) != (now.dtype, now.device):
+                original.to(now)
+            original.train(layer.training)
         model.set_submodule(name, original)
 
 
@@ -126,21 +150,24 @@ def restore(model: Any) -> Any:
 
     Raises NotSupportedError if the model is not patched, or if the originals were not kept.
     """
-    if not is_patched(model):
+    inner = _inner(model)
+    if not is_patched(inner):
         raise NotSupportedError("the model is not optimized by fastllm; nothing to restore")
-    patch = model._fastllm
+    patch = inner._fastllm
     if not patch.originals:
         raise NotSupportedError("the originals were freed (keep=False); load the model again")
-    _undo(model, patch)
-    del model._fastllm
+    _undo(inner, patch)
+    del inner._fastllm
     return model
 
 
 @contextmanager
 def optimized(model: Any, *args: Any, **kwargs: Any) -> Iterator[Report]:
     """`with optimized(model, "int8") as report:` the model is patched inside, and as it was after."""
-    if is_patched(model):
+    if is_patched(_inner(model)):
         raise NotSupportedError("the model is already optimized; fastllm.restore(model) first")
+    if kwargs.get("dry_run"):
+        raise ValueError("optimized(dry_run=True) would change nothing; call optimize(model, dry_run=True)")
     report = optimize(model, *args, **{**kwargs, "keep": True})
     try:
         yield report

@@ -120,6 +120,8 @@ class Planner:
         linear = type(module) is nn.Linear or is_conv1d(module)
         if not linear:
             return self._leave(Decision(name, "other", size, size), *self._why_other(module))
+        if module._forward_hooks or module._forward_pre_hooks:
+            return self._leave(Decision(name, "other", size, size), "it has forward hooks", "remove them first")
         kind = "head" if is_head else "conv1d" if is_conv1d(module) else "linear"
         decision = Decision(name, kind, size, size)
         weight = module.weight
@@ -160,7 +162,7 @@ class Planner:
 
     def _why_other(self, module: nn.Module) -> tuple[str, str]:
         if isinstance(module, (QuantLinear, QuantExperts)):
-            return "already quantized by fastllm", "fastllm.restore(model) first"
+            return "already quantized by fastllm", "start from the dense checkpoint"
         if isinstance(module, nn.Linear):
             return (
                 f"{type(module).__name__} is a subclass of Linear with behaviour of its own",

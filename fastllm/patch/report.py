@@ -18,10 +18,10 @@ def tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
 
 
-def memory(model: nn.Module) -> int:
-    """Bytes of the model's tensors, shared storage counted once."""
+def memory(*models: nn.Module) -> int:
+    """Bytes of the tensors of all of them, shared storage counted once."""
     sizes: dict[int, int] = {}
-    for t in tensors(model):
+    for t in (t for model in models for t in tensors(model)):
         if t.is_mkldnn:  # oneDNN's blocks have no storage to ask
             sizes[id(t)] = t.numel() * t.element_size()
         elif not t.is_meta:
@@ -38,7 +38,7 @@ class Report:
         self.title = f"{type(model).__name__} on {name}"
         self.plan, self.keep = plan, keep
         self.has_vocabulary = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
-        self.memory_before, self.memory_after = memory(model), 0
+        self.memory_before, self.memory_after, self.memory_kept = memory(model), 0, 0
         self.accuracy: Accuracy | None = None
 
     @property
@@ -78,7 +78,7 @@ class Report:
             names = found[0].name if len(found) == 1 else f"{found[0].name} and {len(found) - 1} more"
             lines.append(f"  skipped {names} ({size(sum(d.before for d in found))}): {reason}")
         if not self.dry_run:
-            kept = f" + {size(self.memory_before)} of originals (keep=False frees them)" if self.keep else ""
+            kept = f" + {size(self.memory_kept)} of originals (keep=False frees them)" if self.keep else ""
             lines.append(f"  memory {size(self.memory_before)} -> {size(self.memory_after)}{kept}")
             lines.append(f"  check: {self.accuracy}")
             undo = "fastllm.restore(model)" if self.keep else "reload the model (keep=False)"
@@ -105,6 +105,7 @@ class Report:
             "memory_before": self.memory_before,
             "memory_after": self.memory_after,
             "originals_kept": self.keep,
+            "memory_of_originals": self.memory_kept,
             "accuracy": asdict(self.accuracy) if self.accuracy else None,
             "decisions": decisions,
         }
