@@ -86,10 +86,10 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
 
 def test_a_certain_model_has_perplexity_one() -> None:
     """Logits that put everything on the next token: each token names its successor."""
-    model = tiny_model(hidden_size=VOCABULARY * 4, num_hidden_layers=0, tie_word_embeddings=False)
+    model = tiny_model(hidden_size=VOCABULARY * 8, num_hidden_layers=0, tie_word_embeddings=False)
     with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(torch.eye(VOCABULARY, VOCABULARY * 4))
-        model.lm_head.weight.copy_(100 * torch.eye(VOCABULARY, VOCABULARY * 4).roll(1, 0))
+        model.model.embed_tokens.weight.copy_(torch.eye(VOCABULARY, VOCABULARY * 8))
+        model.lm_head.weight.copy_(100 * torch.eye(VOCABULARY, VOCABULARY * 8).roll(1, 0))
     tokens = torch.arange(64) % VOCABULARY
     assert perplexity(model, tokens, window=16, bos=None).value == pytest.approx(1, abs=1e-6)
     assert perplexity(model, tokens.flip(0), window=16, bos=None).value > 1e6
