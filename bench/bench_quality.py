@@ -19,12 +19,13 @@ from fastllm.checkpoints.gguf import load_gguf
 from fastllm.data import sample_text
 from fastllm.diagnose import bytes_per_token, perplexity
 
-GROUPS = (32, 64, 128, 256)
+GROUPS = ("g32", "g64", "g128", "g256", "channel")
 RUNS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "int8": {"weights": "int8"},
     **{
-        f"int4-g{group} {method}": {"weights": "int4", "group_size": group, "method": method}
+        f"int4-{group}{zeros} {method}": {"weights": f"int4-{group}{zeros}", "method": method}
+        for zeros in ("", "-asym")
         for group in GROUPS
         for method in ("rtn", "hqq")
     },

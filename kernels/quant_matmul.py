@@ -206,8 +206,15 @@ def _interpreted() -> bool:
     return not isinstance(_quant_matmul, triton.JITFunction)
 
 
-def _operands(w: torch.Tensor, zero: torch.Tensor | None, bits: int, group: int, K: int) -> tuple:
+def _operands(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, group: int, K: int) -> tuple:
     """What both launchers pass on: the words or bytes of w, the strides of zero, GROUP and RUN."""
+    words, groups = 16 * (-(-K // 128)) if bits == 4 else -(-K // 4), -(-K // group)
+    # the kernels would read beyond what does not fit
+    if w.dtype != torch.int32 or w.shape[1] != words or w.stride(1) != 1:
+        raise ValueError(f"w must be int32 [N, {words}] for K={K}, bits={bits}; got {w.dtype} {list(w.shape)}")
+    for name, t in (("scale", scale), ("zero", zero)):
+        if t is not None and t.shape != (len(w), groups):
+            raise ValueError(f"{name} must be [{len(w)}, {groups}] for K={K}, group={group}; got {list(t.shape)}")
     group = 0 if group >= K else group
     return w if bits == 4 else w.view(torch.uint8), (0, 0) if zero is None else zero.stride(), group, gcd(group, 128)
 
@@ -228,7 +235,7 @@ def quant_matmul(
     scale: [N, ceil(K / group)], any floating-point type and strides
     zero:  uint8 like scale, or None for 2**(bits - 1)
     bias:  [N] contiguous or None
-    group: a multiple of 32, or at least K for one scale a row
+    group: a multiple of 32, or at least K for one scale a row. ValueError for operands that do not fit.
     """
     if x.dtype == torch.bfloat16 and _interpreted():
         # the interpreter multiplies the bits of bfloat16 as integers, and truncates when it converts to it
@@ -241,7 +248,7 @@ def quant_matmul(
         x = x.clone(memory_format=torch.contiguous_format)
     fp32 = x.dtype == torch.float32
     tile = config(M, N, K, bits, group, fp32)
-    w, stride_z, GROUP, RUN = _operands(w, zero, bits, group, K)
+    w, stride_z, GROUP, RUN = _operands(w, scale, zero, bits, group, K)
     split = tile.SPLIT_K > 1
     out = x.new_empty(tile.SPLIT_K, M, N, dtype=torch.float32) if split else y
     steps = triton.cdiv(triton.cdiv(K, 128), tile.SPLIT_K)
@@ -278,7 +285,7 @@ def dequantize(
         return y
     if y.dtype == torch.bfloat16 and _interpreted():  # see quant_matmul
         return y.copy_(dequantize(w, scale, zero, bits, group, K, torch.float32))
-    w, stride_z, GROUP, RUN = _operands(w, zero, bits, group, K)
+    w, stride_z, GROUP, RUN = _operands(w, scale, zero, bits, group, K)
     with torch.cuda.device_of(w):
         _dequantize[triton.cdiv(N, 32), triton.cdiv(K, 128)](
             w, scale, zero, y,

@@ -291,3 +291,9 @@ def test_planar_refuses_another_shape(change: Callable[[Tensor, int, int], Tenso
         change(torch.zeros(2, 17, dtype=torch.int32), 128, 4)
     with pytest.raises(ValueError, match="torch.int64"):
         change(torch.zeros(2, 16, dtype=torch.int64), 128, 4)
+
+
+@pytest.mark.parametrize("K, bits, G", [(128, 4, 4), (257, 4, 4), (256, 8, 8), (256, 4, 7), (256, 4, 9)])
+def test_operands_that_do_not_fit_are_refused(K, bits, G):
+    with pytest.raises(ValueError, match="must be"):
+        quant_matmul(torch.ones(1, K), torch.zeros(8, 32).int(), torch.ones(8, G), None, None, bits, 32)
