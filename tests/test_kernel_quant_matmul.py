@@ -124,7 +124,7 @@ def one_at(like: Tensor, *at: int) -> Tensor:
 
 BASE = Case(4, 32, False, torch.float16, 17, 65, 304, True, torch.float16)
 WRONG: dict[str, Callable[[Problem], Problem]] = {
-    "group": lambda p: p._replace(group=64),
+    "group": lambda p: p._replace(group=64, scale=p.scale[:, ::2], zero=p.zero[:, ::2]),
     "one scale": lambda p: p._replace(scale=p.scale + one_at(p.scale, 40, 5)),
     "zero points": lambda p: p._replace(zero=p.zero.roll(1, 1)),
     "no zero points": lambda p: p._replace(zero=None),
