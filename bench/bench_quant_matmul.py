@@ -1,132 +1,269 @@
-"""quant_matmul on this CPU: every candidate at every number of rows, against torch's dense bfloat16.
+"""quant_matmul on this machine: every implementation at every number of rows, against torch's dense product.
 
-    python bench/bench_quant_matmul.py [--model gemma-3-270m] [--seconds 0.15]
+    python bench/bench_quant_matmul.py [--model gemma-3-270m] [--formats int4-g128,int8] [--rows 1,16] [--seconds 0.15]
 
-Writes bench/results/<device>/quant_matmul.json and .md, in place of what is there.
-The switches in fastllm/ops/ are read off them.
+Runs on the GPU if there is one, else on the CPU. Writes bench/results/<device>/quant_matmul.json and .md, in place of
+what is there (`--append`: beside it), and on a GPU two plots; then prints which targets are met. The switches in
+fastllm/ops/ are read off these files.
 """
 
 import argparse
-from collections.abc import Callable
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import peers
+import providers
+import report
 import torch
-from measure import alternate, copies, save
-from shapes import ROWS, SHAPES
-from torch import Tensor, nn
+from measure import Cuda, Runner, Timing, cold_bytes, copies, error_of, measure, ready
+from providers import Operands, Problem, Provider
+from results import RESULTS, about, device_name, smi, write
+from shapes import ROWS, SHAPES, shapes_of
+from torch import Tensor
 
-from fastllm.formats import IntFormat, QuantizedWeight, dequantize, parse_format
-from fastllm.ops import LAYOUTS, choose_layout
-from fastllm.ops.int4pack import Int4Pack
-from fastllm.ops.int8 import Int8Blocks, Int8Rows
-from fastllm.ops.layout import Layout, Prepared
-from fastllm.quantizers import quantize
+from fastllm.formats import IntFormat, parse_format
+from fastllm.ops import choose_layout
 
-FOREVER = 1 << 30
-WHY = """
-Where it is below 0.9, no candidate is better unless brackets name it. int4: torch's operator dequantises again for
-every few rows of x, so it loses to dense from about 16 rows on; dequantising once costs as much as 64 to 128 rows of
-the product, whatever their number. int8, small layers: the cast to bfloat16 is what is left over. int8, large layers:
-one layout serves all numbers of rows, and oneDNN's blocks, the best from 4 rows on, are behind plain rows at 1 and 2.
-"""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of a result in 16 bits times two: nobody wants that many logits
 
 
-def variant(kind: type[Layout], **switches: int) -> Layout:
-    """A layout with its switch moved, so that one side of it runs at every size."""
-    layout = kind()
-    for name, value in switches.items():
-        setattr(layout, name, value)
-    return layout
+def faults() -> tuple[type[Exception], ...]:
+    """What a library that does not suit this machine may raise. After it, the device is asked whether it is well."""
+    kinds = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, OSError)
+    if find_spec("triton") is None:
+        return kinds
+    from triton.errors import TritonError
+
+    return *kinds, TritonError
 
 
-CANDIDATES = {
-    4: {
-        "int4pack": variant(Int4Pack, direct_rows=FOREVER),
-        "int4pack, dequantised": variant(Int4Pack, direct_rows=0),
-    },
-    8: {
-        "int8pack": variant(Int8Rows, direct_rows=FOREVER),
-        "int8, cast": variant(Int8Rows, direct_rows=0),
-        "oneDNN digits": variant(Int8Blocks, smallest=0),
-    },
-}
+def said(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def bench_shape(format: IntFormat, N: int, K: int, seconds: float) -> list[dict[str, Any]]:
-    dtype, device = torch.bfloat16, torch.device("cpu")
-    w = torch.randn(N, K, dtype=dtype) / K**0.5
-    weight = quantize(w, format, "rtn")
-    dense = dequantize(weight, format, (N, K), torch.float32)
-    chosen, _ = choose_layout(format, N, K, dtype, device)
-    layouts = {"fastllm": LAYOUTS[chosen.name], **CANDIDATES[format.bits]}
-    layouts = {name: found for name, found in layouts.items() if not found.reasons(format, N, K, dtype, device)}
-    count = copies(format.bytes(N, K))
-    packed = {name: [pack(layout, weight, format, (N, K)) for _ in range(count)] for name, layout in layouts.items()}
-    weights = [w.clone() for _ in range(copies(2 * N * K))]
-    rows = []
-    for M in ROWS:
-        if M * N * 4 > 1 << 28:
-            continue  # nobody wants that many logits
-        x = torch.randn(M, K, dtype=dtype)
-        calls: dict[str, list[Callable[[], Tensor]]] = {"bf16": [partial(nn.functional.linear, x, v) for v in weights]}
-        want = x.float() @ dense.t()
-        for name, layout in layouts.items():
-            error = (layout.matmul(x, packed[name][0], N, format.bits, format.group_of(K)).float() - want).norm()
-            if not error <= 6e-3 * want.norm():
-                raise SystemExit(f"{name} is wrong at M={M}, N={N}, K={K}: relative error {error / want.norm():.1e}")
-            calls[name] = [partial(layout.matmul, x, p, N, format.bits, format.group_of(K)) for p in packed[name]]
-        if M > 128:
-            calls = {name: found for name, found in calls.items() if name not in ("int4pack", "int8pack")}
-        times = alternate(calls, seconds)
-        rows.append({"format": format.name, "N": N, "K": K, "M": M, "layout": chosen.name, "seconds": times})
-        ratios = "  ".join(f"{name} {times['bf16'] / t:.2f}x" for name, t in times.items() if name != "bf16")
-        print(f"{format.name:10} {N:6} x {K:5}  M {M:3}  bf16 {times['bf16'] * 1e3:8.3f} ms  {ratios}", flush=True)
-    return rows
+class Shape:
+    """One weight, and what every provider made of it. Lives as long as its shape is measured."""
+
+    def __init__(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str, asked: list[Provider]):
+        self.problem = problem = Problem(format, N, K, dtype, device)
+        self.baseline = asked[0].name
+        self.absent: dict[str, list[str]] = {}
+        self.wrong: dict[str, float] = {}
+        self.kinds: dict[str, Provider] = {}
+        self.operands: dict[str, Operands] = {}
+        self.copies: dict[str, list[Any]] = {}
+        self.gpu = Cuda() if device == "cuda" else None
+        self.dense = problem.w.float()
+        for provider in asked:
+            name = provider.name
+            reasons = provider.reasons(format, N, K, dtype, device)
+            try:
+                if not reasons:
+                    found = provider.prepare(problem)
+                    self.copies[name] = [found.make() for _ in range(copies(found.bytes, cold_bytes(device)))]
+                    self.operands[name], self.kinds[name] = found, provider
+            except faults() as error:
+                reasons = [said(error)]
+                self.settle()
+            if reasons:
+                self.absent[name] = reasons
+
+    def settle(self) -> None:
+        """Raises if the device is in error, which nothing would survive."""
+        if self.gpu is not None:
+            self.gpu.synchronize()
+
+    def wanted(self, x: Tensor, operands: Operands) -> Tensor:
+        torch.set_float32_matmul_precision("highest")  # some library may have changed it
+        weight = self.dense if operands.weight is None else operands.weight
+        return x.float() @ weight.t()
+
+    def runner(self, name: str, x: Tensor) -> tuple[Any, float]:
+        """What is to be timed, and the error of what it computes."""
+        operands, provider = self.operands[name], self.kinds[name]
+        rotation = [partial(operands.run, state, x) for state in self.copies[name]]
+        want = self.wanted(x, operands)
+        if self.gpu is None:
+            return rotation, error_of(rotation[0](), want)
+        provider.begin()
+        made = ready(rotation, self.gpu)
+        y = made.replay()
+        if made.mode == "graph":
+            y.fill_(float("nan"))  # what the graph does not write then shows
+            y = made.replay()
+        self.gpu.synchronize()
+        return made, error_of(y, want)
+
+    def row(self, M: int, seconds: float) -> dict[str, Any]:
+        """Everything that is known of M rows of input."""
+        problem = self.problem
+        x = torch.randn(M, problem.K, dtype=problem.dtype, device=problem.device)
+        absent, wrong, errors = dict(self.absent), {}, {}
+        runners: dict[str, Any] = {}
+        for name, provider in self.kinds.items():
+            if provider.most_rows < M:
+                absent[name] = [f"it is not run beyond {provider.most_rows} rows: it is far behind by then"]
+                continue
+            try:
+                made, error = self.runner(name, x)
+            except faults() as fault:
+                absent[name] = [said(fault)]
+                self.settle()
+                continue
+            if error <= self.operands[name].bound:
+                runners[name], errors[name] = made, error
+            else:
+                wrong[name] = error
+        if self.baseline not in runners:
+            raise SystemExit(f"the dense product itself failed: {absent.get(self.baseline, wrong)}")
+        times = measure(runners, self.baseline, seconds, self.gpu)
+        return {**self.about(M), "wrong": wrong, "absent": absent, "error": errors, **self.figures(times, runners, M)}
+
+    def about(self, M: int) -> dict[str, Any]:
+        p = self.problem
+        layout, _ = choose_layout(p.format, p.N, p.K, p.dtype, torch.device(p.device))
+        return {
+            "format": p.format.name, "N": p.N, "K": p.K, "M": M, "layout": layout.name,
+            "dtype": str(p.dtype).removeprefix("torch."), "baseline": self.baseline,
+        }  # fmt: skip
+
+    def figures(self, times: dict[str, Timing], runners: dict[str, Any], M: int) -> dict[str, Any]:
+        """bytes: weights, scales and zero points, x and y, each once."""
+        p = self.problem
+        xy = (M * p.K + M * p.N) * p.dtype.itemsize
+        return {
+            "seconds": {name: t.median for name, t in times.items()},
+            "p10": {name: t.p10 for name, t in times.items()},
+            "p90": {name: t.p90 for name, t in times.items()},
+            "samples": {name: t.samples for name, t in times.items()},
+            "calls": {name: t.calls for name, t in times.items()},
+            "bytes": {name: self.operands[name].bytes + xy for name in times},
+            "eager": {n: r.why for n, r in runners.items() if isinstance(r, Runner) and r.mode != "graph"},
+        }
 
 
-def pack(layout: Layout, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
-    return layout.pack(weight._replace(packed=weight.packed.clone()), format, shape)
+def line(row: dict[str, Any]) -> str:
+    """A row on the screen, as it is measured."""
+    seconds, base = row["seconds"], row["baseline"]
+    ratios = [
+        f"{name}{' (eager)' if name in row['eager'] else ''} {seconds[base] / t:.2f}x"
+        for name, t in seconds.items()
+        if name != base
+    ] + [f"{name} WRONG ({error:.1e})" for name, error in row["wrong"].items()]
+    start = f"{row['format']:10} {row['N']:6} x {row['K']:5}  M {row['M']:4}  {base} {seconds[base] * 1e6:9.1f} us"
+    return start + "  " + "  ".join(ratios)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the speed-up of what fastllm chooses over bf16, and of the best candidate where that is another."""
-    lines = [
-        "| format | N x K | layout | " + " | ".join(f"M={M}" for M in ROWS) + " |",
-        "|---" * (3 + len(ROWS)) + "|",
-    ]
-    for key in dict.fromkeys((r["format"], r["N"], r["K"], r["layout"]) for r in rows):
-        cells = []
-        for M in ROWS:
-            found = [r["seconds"] for r in rows if (r["format"], r["N"], r["K"], r["layout"]) == key and r["M"] == M]
-            cells.append(cell(found[0]) if found else "")
-        lines.append(f"| {key[0]} | {key[1]} x {key[2]} | {key[3]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def bench(args: argparse.Namespace, formats: list[IntFormat], asked: list[Provider]) -> Iterator[dict[str, Any]]:
+    """Rows, shape by shape, until the budget is spent."""
+    start, dtype = time.perf_counter(), DTYPES[args.dtype]
+    for format in formats:
+        for N, K in shapes_of(args.model, args.device):
+            if time.perf_counter() - start > args.budget:
+                print(f"not measured, the budget is spent: {format.name} {N} x {K}")
+                continue
+            shape = Shape(format, N, K, dtype, args.device, asked)
+            for M in args.rows:
+                if 2 * M * N * dtype.itemsize > MOST[args.device]:
+                    continue
+                if time.perf_counter() - start > args.budget:
+                    print(f"not measured, the budget is spent: {format.name} {N} x {K}, M {M}")
+                    continue
+                yield shape.row(M, args.seconds)
+            del shape
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
 
 
-def cell(seconds: dict[str, float]) -> str:
-    best = min((t, name) for name, t in seconds.items() if name not in ("bf16", "fastllm"))
-    ratio = seconds["bf16"] / seconds["fastllm"]
-    better = f" ({best[1]} {seconds['bf16'] / best[0]:.2f})" if best[0] < 0.85 * seconds["fastllm"] else ""
-    return f"{ratio:.2f}{better}"
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`old` rows and `new` ones; of the same problem the new one, whole: its times come from one run."""
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["format"], row.get("dtype", "bfloat16"), row["N"], row["K"], row["M"]
+
+    return list({**{key(row): row for row in old}, **{key(row): row for row in new}}.values())
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all", help="default: all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=auto, help="default here: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
+    parser.add_argument("--formats", help="default: int8,int4-g32,int4-g128 on a CPU, int4-g128,int8 on a GPU")
+    parser.add_argument("--rows", help="of input, such as 1,16,4096")
+    parser.add_argument("--seconds", type=float, help="per candidate and shape (default: 0.15; 0.02 on a GPU)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all; what is left is named")
+    parser.add_argument("--peers", choices=["none", "fast", "all"], help="default: none on a CPU, fast on a GPU")
+    parser.add_argument("--only", help="a word that the names of the candidates to run contain, or several: a,b")
+    parser.add_argument("--append", action="store_true", help="keep rows that are not measured again")
+    parser.add_argument("--out", type=Path, help="folder (default: bench/results/<device>)")
+    args = parser.parse_args(argv)
+    gpu = args.device == "cuda"
+    args.formats = args.formats or ("int4-g128,int8" if gpu else "int8,int4-g32,int4-g128")
+    args.rows = [int(M) for M in args.rows.split(",")] if args.rows else ROWS[args.device]
+    args.seconds = args.seconds if args.seconds is not None else 0.02 if gpu else 0.15
+    args.peers = args.peers or ("fast" if gpu else "none")
+    args.out = args.out or RESULTS / device_name(args.device)
+    return args
+
+
+def candidates(args: argparse.Namespace) -> list[Provider]:
+    """The baseline first."""
+    found = providers.own(args.device)
+    found += peers.peers(slow=args.peers == "all") if args.peers != "none" else []
+    words = args.only.split(",") if args.only else [""]
+    found = [p for p in found if p.name == "fastllm" or any(word.lower() in p.name.lower() for word in words)]
+    return [providers.Dense(DTYPES[args.dtype]), *found]
+
+
+def ceilings_and_launch(before: dict[str, Any]) -> dict[str, Any]:
+    """What a GPU can do at best, and what a call costs its host; the latter once for a result file."""
+    import ceilings
+    import launch
+
+    found = {"ceilings": ceilings.ceilings(Cuda()), "launch": before.get("launch") or launch.measured()}
+    print(ceilings.shown(found["ceilings"]), launch.shown(found["launch"]), sep="\n", flush=True)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*SHAPES, "all"], default="all", help="default: all")
-    parser.add_argument("--seconds", type=float, default=0.15, help="per candidate and shape")
-    parser.add_argument("--formats", default="int8,int4-g32,int4-g128")
-    args = parser.parse_args()
-    shapes = [s for model, found in SHAPES.items() if args.model in (model, "all") for s in found]
+    args = arguments()
+    formats, asked = [parse_format(name) for name in args.formats.split(",")], candidates(args)
+    gpu, path = args.device == "cuda", args.out / "quant_matmul.json"
+    before = json.loads(path.read_text()) if args.append and path.exists() else {"rows": []}
+    head: dict[str, Any] = about(args.device)
+    if gpu:
+        head |= {**ceilings_and_launch(before), "clocks": before.get("clocks", [])}
+    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        names = args.formats.split(",")
-        rows = [r for name in names for N, K in shapes for r in bench_shape(parse_format(name), N, K, args.seconds)]
-    path = save("quant_matmul", rows)
-    path.with_suffix(".md").write_text(
-        "Speed-up over torch's dense bfloat16 on the same machine, weights cold, calls in turns. "
-        "In brackets: a candidate that was faster than the choice by more than 15 %.\n\n" + table(rows) + WHY
-    )
-    print(f"\n{table(rows)}\nwritten: {path}")
+        for row in bench(args, formats, asked):
+            rows.append(row)
+            print(line(row), flush=True)
+            if gpu:  # at once: a library that brings the process down takes nothing along
+                head["clocks"] += [smi()] if row["M"] == args.rows[0] else []
+                write(path, head, merged(before["rows"], rows))
+    everything = merged(before["rows"], rows)
+    write(path, head, everything)
+    path.with_suffix(".md").write_text(report.markdown(everything, head))
+    print("\n" + report.told(everything, head))
+    if gpu:
+        import plots
+
+        print("written:", *plots.draw(everything, head, args.out))
+    print(f"written: {path}")
+    if any("fastllm" in row["wrong"] for row in rows):
+        sys.exit("fastllm is wrong somewhere: see WRONG above")
 
 
 if __name__ == "__main__":

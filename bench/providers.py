@@ -1,0 +1,213 @@
+"""Who multiplies by a quantized weight: fastllm in all its variants and the dense product; peers.py has others.
+
+A provider says why it cannot run, or makes operands from a dense weight. What it computes is held to the weight that
+its operands stand for, where it tells; otherwise to the dense weight, with a bound that says what 4 or 8 bits lose.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property, partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.formats import IntFormat, QuantizedWeight, dequantize, unpack_bits
+from fastllm.ops import LAYOUTS, choose_layout
+from fastllm.ops.int4pack import Int4Pack
+from fastllm.ops.int8 import Int8Blocks, Int8Rows
+from fastllm.ops.layout import Layout
+from fastllm.quantizers import quantize
+
+FOREVER = 1 << 30
+# Relative Frobenius errors. EXACT: 16-bit operands, result and weights rounded once more, against the same weight.
+EXACT, ROUNDED = 6e-3, 2e-2
+# What rounding normal weights to 4 or 8 bits may cost, where only the dense weight is known.
+QUANTIZED = {4: 0.25, 8: 0.03}
+
+
+class Problem:
+    """A random dense weight [N, K] and what it is in `format`. Everything else is made when it is first asked for."""
+
+    def __init__(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> None:
+        self.format, self.N, self.K, self.dtype, self.device = format, N, K, dtype, device
+        self.w = torch.randn(N, K, dtype=dtype, device=device) / K**0.5
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.N, self.K
+
+    @cached_property
+    def weight(self) -> QuantizedWeight:
+        return quantize(self.w, self.format, "rtn")
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """What `weight` stands for, float32 [N, K]."""
+        return dequantize(self.weight, self.format, self.shape, torch.float32)
+
+    def integers(self) -> Tensor:
+        """uint8 [N, K], as stored: 0 to 15, or to 255."""
+        return unpack_bits(self.weight.packed, self.format.bits, self.K)
+
+
+class Operands(NamedTuple):
+    """What `prepare` returns.
+
+    make:   a further copy of the packed weight, in memory of its own; `run(make(), x)` is y [M, N]
+    bytes:  of weights, scales and zero points that a call reads
+    weight: float32 [N, K], what they stand for; None if the library does not tell
+    bound:  the allowed relative error against x @ weight.T, or against the dense weight if that is None
+    """
+
+    make: Callable[[], Any]
+    run: Callable[[Any, Tensor], Tensor]
+    bytes: int
+    weight: Tensor | None
+    bound: float
+
+
+class Provider(ABC):
+    """Stateless. `most_rows`: more rows than that are not worth the time."""
+
+    name: str
+    peer = False  # another library's
+    most_rows = FOREVER
+
+    @abstractmethod
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
+        """Why it cannot run; empty if it can. Imports nothing heavy."""
+
+    @abstractmethod
+    def prepare(self, problem: Problem) -> Operands: ...
+
+    def begin(self) -> None:
+        """Called before the first call at a new number of rows: for libraries whose tuning is a global switch."""
+        return None
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class Dense(Provider):
+    """torch's own product with the dense weight: cuBLAS, or oneDNN on a CPU. The baseline."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
+        return []
+
+    def prepare(self, problem: Problem) -> Operands:
+        def run(w: Tensor, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, w)
+
+        return Operands(problem.w.clone, run, nbytes(problem.w), problem.w.float(), EXACT)
+
+
+class Packed(Provider):
+    """A layout of fastllm; without one, the layout that fastllm chooses, which is what a user gets."""
+
+    def __init__(self, name: str, layout: Layout | None = None, most_rows: int = FOREVER) -> None:
+        self.name, self.layout, self.most_rows = name, layout, most_rows
+
+    def layout_for(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> Layout:
+        return self.layout or choose_layout(format, N, K, dtype, torch.device(device))[0]
+
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
+        layout = self.layout_for(format, N, K, dtype, device)
+        return layout.reasons(format, N, K, dtype, torch.device(device))
+
+    def prepare(self, problem: Problem) -> Operands:
+        format, (N, K), weight = problem.format, problem.shape, problem.weight
+        layout = self.layout_for(format, N, K, problem.dtype, problem.device)
+
+        def make() -> Any:  # packing may overwrite what it is given; oneDNN's blocks are made only by packing
+            fresh = [None if t is None else t.clone() for t in weight]
+            return layout.pack(QuantizedWeight(*fresh), format, problem.shape)
+
+        def run(p: Any, x: Tensor) -> Tensor:
+            return layout.matmul(x, p, N, format.bits, format.group_of(K))
+
+        return Operands(make, run, format.bytes(N, K), problem.dense, EXACT)
+
+
+class Kernel(Provider):
+    """The Triton kernels by themselves: fused, or `dequantize` and the library's product. Two sides of a switch."""
+
+    def __init__(self, name: str, fused: bool) -> None:
+        self.name, self.fused = name, fused
+
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
+        return LAYOUTS["planar"].reasons(format, N, K, dtype, torch.device(device))
+
+    def prepare(self, problem: Problem) -> Operands:
+        from fastllm.kernels import quant_matmul as kernels
+
+        format, K = problem.format, problem.K
+        bits, group = format.bits, format.group_of(K)
+        planar = Packed(self.name, LAYOUTS["planar"]).prepare(problem)
+
+        def fused(p: Any, x: Tensor) -> Tensor:
+            return kernels.quant_matmul(x, p.w, p.scale, p.zero, None, bits, group)
+
+        def dequantised(p: Any, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, kernels.dequantize(p.w, p.scale, p.zero, bits, group, K, x.dtype))
+
+        return planar._replace(run=fused if self.fused else dequantised)
+
+
+class Pending(Provider):
+    """A hook for an op of fastllm that quantizes the activations too; says so where this checkout has none."""
+
+    def __init__(self, name: str, module: str, bits: int) -> None:
+        self.name, self.module, self.bits = name, module, bits
+
+    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
+        found = [] if find_spec(self.module) else [f"{self.module} is not in this checkout"]
+        found += [] if device == "cuda" else [f"it is measured on a CUDA device, not on {device}"]
+        found += [] if format.bits == self.bits and format.group is None else ["it takes int8, one scale a row"]
+        return found
+
+    def prepare(self, problem: Problem) -> Operands:
+        raise NotImplementedError(f"{self.name}: {self.module} has landed; call it here")
+
+
+def variant(kind: type[Layout], **switches: int) -> Layout:
+    """A layout with its switch moved, so that one side of it runs at every size."""
+    layout = kind()
+    for name, value in switches.items():
+        setattr(layout, name, value)
+    return layout
+
+
+def own(device: str) -> list[Provider]:
+    """fastllm's choice first, then every candidate that it could have chosen."""
+    if device == "cpu":
+        return [
+            Packed("fastllm"),
+            Packed("int4pack", variant(Int4Pack, direct_rows=FOREVER), most_rows=128),
+            Packed("int4pack, dequantised", variant(Int4Pack, direct_rows=0)),
+            Packed("int8pack", variant(Int8Rows, direct_rows=FOREVER), most_rows=128),
+            Packed("int8, cast", variant(Int8Rows, direct_rows=0)),
+            Packed("oneDNN digits", variant(Int8Blocks, smallest=0)),
+        ]
+    return [
+        Packed("fastllm"),
+        Kernel("fused kernel", fused=True),
+        Kernel("dequantise + cuBLAS", fused=False),
+        Pending("fastllm w8a8", "fastllm.kernels.int8_matmul", 8),
+    ]
+
+
+def duplicate(state: Any) -> Any:
+    """Copies of every tensor of a tuple or list, strides kept."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    return type(state)(duplicate(part) for part in state) if isinstance(state, list | tuple) else state
+
+
+def again(state: Any) -> Callable[[], Any]:
+    return partial(duplicate, state)
