@@ -165,17 +165,17 @@ def line(row: dict[str, Any]) -> str:
 
 def bench(args: argparse.Namespace, formats: list[IntFormat], asked: list[Provider]) -> Iterator[dict[str, Any]]:
     """Rows, shape by shape, until the budget is spent."""
-    start, dtype = time.perf_counter(), DTYPES[args.dtype]
+    dtype = DTYPES[args.dtype]
     for format in formats:
-        for N, K in shapes_of(args.model, args.device):
-            if time.perf_counter() - start > args.budget:
+        for N, K in args.shapes or shapes_of(args.model, args.device):
+            if time.perf_counter() - args.start > args.budget:
                 print(f"not measured, the budget is spent: {format.name} {N} x {K}")
                 continue
             shape = Shape(format, N, K, dtype, args.device, asked)
             for M in args.rows:
                 if 2 * M * N * dtype.itemsize > MOST[args.device]:
                     continue
-                if time.perf_counter() - start > args.budget:
+                if time.perf_counter() - args.start > args.budget:
                     print(f"not measured, the budget is spent: {format.name} {N} x {K}, M {M}")
                     continue
                 yield shape.row(M, args.seconds)
@@ -198,6 +198,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--model", choices=[*SHAPES, "all"], default="all", help="default: all")
+    parser.add_argument("--shapes", help="N x K in place of a model's, such as 8192x8192,4096x14336")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=auto, help="default here: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
     parser.add_argument("--formats", help="default: int8,int4-g32,int4-g128 on a CPU, int4-g128,int8 on a GPU")
@@ -210,6 +211,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder (default: bench/results/<device>)")
     args = parser.parse_args(argv)
     gpu = args.device == "cuda"
+    pairs = [shape.split("x") for shape in args.shapes.split(",")] if args.shapes else []
+    args.start = time.perf_counter()
+    args.shapes = [(int(N), int(K)) for N, K in pairs]
     args.formats = args.formats or ("int4-g128,int8" if gpu else "int8,int4-g32,int4-g128")
     args.rows = [int(M) for M in args.rows.split(",")] if args.rows else ROWS[args.device]
     args.seconds = args.seconds if args.seconds is not None else 0.02 if gpu else 0.15
@@ -228,11 +232,14 @@ def candidates(args: argparse.Namespace) -> list[Provider]:
 
 
 def ceilings_and_launch(before: dict[str, Any]) -> dict[str, Any]:
-    """What a GPU can do at best, and what a call costs its host; the latter once for a result file."""
+    """What a GPU can do at best, and what a call costs its host; what `before` has of them is kept."""
     import ceilings
     import launch
 
-    found = {"ceilings": ceilings.ceilings(Cuda()), "launch": before.get("launch") or launch.measured()}
+    found = {
+        "ceilings": before.get("ceilings") or ceilings.ceilings(Cuda()),
+        "launch": before.get("launch") or launch.measured(),
+    }
     print(ceilings.shown(found["ceilings"]), launch.shown(found["launch"]), sep="\n", flush=True)
     return found
 
@@ -244,6 +251,7 @@ def main() -> None:
     before = json.loads(path.read_text()) if args.append and path.exists() else {"rows": []}
     head: dict[str, Any] = about(args.device)
     if gpu:
+        gc.freeze()  # a capture collects garbage first: what was imported need not be looked at each time
         head |= {**ceilings_and_launch(before), "clocks": before.get("clocks", [])}
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():

@@ -5,19 +5,17 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # without pyplot, which wants a display
 from report import names, numbers
 from targets import Row, bandwidth, ratio
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend is chosen first: there may be no display)
 
 FEW = 16
 
 
 def colours(found: Sequence[str]) -> dict[str, Any]:
     """One for a provider, the same in every picture; fastllm's stands out."""
-    wheel = matplotlib.colormaps["tab20"].colors
+    wheel = colormaps["tab20"].colors
     return {name: "black" if name == "fastllm" else wheel[i % 20] for i, name in enumerate(found)}
 
 
@@ -27,10 +25,9 @@ def keys(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
 
 def grid(count: int) -> tuple[Any, list[Any]]:
     across = min(3, count)
-    figure, axes = pyplot.subplots(
-        ceil(count / across), across, figsize=(5.2 * across, 3.6 * ceil(count / across)), squeeze=False
-    )
-    figure.set_facecolor("white")
+    down = ceil(count / across)
+    figure = Figure(figsize=(5.2 * across, 3.6 * down + 0.6), facecolor="white")
+    axes = figure.subplots(down, across, squeeze=False)
     flat = list(axes.flat)
     for unused in flat[count:]:
         unused.axis("off")
@@ -85,8 +82,7 @@ def finished(figure: Any, axes: list[Any], path: Path) -> Path:
     labels = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, (0.2 + 0.25 * ceil(len(labels) / 4)) / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=110, facecolor="white")
-    pyplot.close(figure)
+    figure.savefig(path, dpi=110)
     return path
 
 

@@ -1,0 +1,136 @@
+"""Every check, test and benchmark of the project that needs a GPU, in one command of a few minutes.
+
+    python bench/gpu.py [--minutes 9] [--out DIR] [--wheels DIR]
+
+Prints the environment; runs the kernel tests and all tests marked `gpu`, whole models, bench_quant_matmul.py on a
+reduced grid (alone, and beside other libraries), and the tuner in the time that is left. Each is a process with a time
+of its own, so a failure of one does not stop the rest. Writes gpu.log, gpu.md and the results into DIR (by default
+bench/results/<device>/) and prints what matters last. Exit status 1 if any stage failed.
+
+--wheels: a folder with wheels of the libraries to compare with (requirements/peers-gpu.txt); no network is needed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import report
+import torch
+from results import RESULTS, about, device_name
+from stages import Result, Stage, run_all, table, tails
+from targets import verdicts
+
+ROOT = Path(__file__).resolve().parent.parent
+# Run on the device, as far as they are there; the interpreter ran them on a CPU. What is marked slow stays out.
+TESTS = (
+    "tests/test_kernel_quant_matmul.py", "tests/test_quant_matmul.py", "tests/test_nn.py", "tests/test_layout.py",
+    "tests/test_kernel_*.py", "tests/test_*int8*.py", "tests/test_*grouped*.py", "tests/test_*experts*.py",
+)  # fmt: skip
+MAIN = "8192x8192"
+SHAPES = f"{MAIN},4096x4096,6144x4096,28672x4096,4096x14336"
+ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
+PRINTED = 9000  # characters at most, at the end: a caller may see only so much
+
+
+def tests() -> list[str]:
+    """The files that TESTS names, each once."""
+    found = [path for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
+    return [str(path.relative_to(ROOT)) for path in dict.fromkeys(found)]
+
+
+def stages(out: Path, minutes: float) -> list[Stage]:
+    """What to run, with the seconds that each may take of `minutes`; the tuner takes the rest."""
+    python, scale = sys.executable, minutes / 9
+    parallel = ["-n", "8"] if find_spec("xdist") else []
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40"]
+    bench = [python, "bench/bench_quant_matmul.py", "--device", "cuda", "--out", str(out), "--budget", "{seconds}"]
+    int4 = [*bench, "--formats", "int4-g128", "--shapes", SHAPES, "--rows", ROWS, "--peers", "none"]
+    int8 = [*bench, "--formats", "int8", "--shapes", MAIN, "--rows", "1,16,128,2048,4096", "--peers", "none"]
+    others = [*bench, "--formats", "int4-g128,int8", "--shapes", MAIN, "--rows", "1,2,4,8,16,128", "--peers", "fast"]
+    return [
+        Stage("kernel tests", [*pytest, *parallel, *tests()], 120 * scale),
+        Stage("whole models", [python, "bench/gpu_smoke.py"], 45 * scale),
+        Stage("int4 against cuBLAS", int4, 150 * scale),
+        Stage("int8 against cuBLAS", [*int8, "--append"], 40 * scale),
+        Stage("other libraries", [*others, "--append"], 80 * scale),
+        Stage("tests marked gpu", [*pytest, "-m", "gpu", "tests"], 60 * scale),
+        Stage(
+            "tuning",
+            [python, "bench/tune_quant_matmul.py", "--budget", "{seconds}", "--out", str(out)],
+            None,
+        ),
+    ]
+
+
+def install(wheels: Path, target: str) -> Stage:
+    """A stage that unpacks the wheels into `target`, without a network and without what they require."""
+    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    if not files:
+        sys.exit(f"--wheels: there is no .whl file in {wheels}")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    return Stage("wheels", [*pip, "--target", target, *files], 60)
+
+
+def environment(target: str | None) -> dict[str, str]:
+    """Of the stages: this checkout first, then the wheels, then what was there."""
+    paths = [str(ROOT), *([target] if target else []), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+
+
+def last_lines(text: str, start: str, characters: int) -> str:
+    """From the last occurrence of `start` on, or the end of `text`."""
+    at = text.rfind(start)
+    return (text[at:] if at >= 0 else text)[-characters:].strip()
+
+
+def told(results: list[Result], out: Path) -> str:
+    """What the caller should see: what failed, then the numbers, then the stages."""
+    parts = [tails(results, 2500)]
+    path = out / "quant_matmul.json"
+    fresh = any(result.name.endswith("cuBLAS") and result.seconds > 0 for result in results)
+    if fresh and path.exists():
+        found = json.loads(path.read_text())
+        rows = found["rows"]
+        parts += [report.left_out(rows)[:1200], report.table(rows)[:2400]]
+        parts += ["layers of Llama 3.1 8B, M=1:\n" + report.layer_sums(rows)[:500]]
+        parts += [report.target_table(verdicts(rows, found))]
+    tuned = [result for result in results if result.name == "tuning" and result.output]
+    parts += [last_lines(result.output, "best of each", 1500) for result in tuned]
+    parts.append(table(results))
+    text = "\n\n".join(part for part in parts if part.strip())
+    return text if len(text) <= PRINTED else "[...]\n" + text[-PRINTED:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="in all (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder (default: bench/results/<device>)")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of the libraries to compare with")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    if not torch.cuda.is_available():
+        sys.exit("bench/gpu.py needs a CUDA GPU, and torch sees none here; `make test` and `make bench` run on a CPU")
+    out = (args.out or RESULTS / device_name("cuda")).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "gpu.log"
+    facts = json.dumps(about("cuda"), indent=1)
+    log.write_text(facts + "\n", encoding="utf-8")
+    print(facts, flush=True)
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as target:
+        todo = ([install(args.wheels.resolve(), target)] if args.wheels else []) + stages(out, args.minutes)
+        left = 60 * args.minutes - (time.perf_counter() - start)
+        results = run_all(todo, left, log, environment(target))
+    text = told(results, out)
+    (out / "gpu.md").write_text(f"```\n{facts}\n```\n\n{text}\n", encoding="utf-8")
+    print("\n" + text, flush=True)
+    sys.exit(0 if all(result.ok for result in results) else 1)
+
+
+if __name__ == "__main__":
+    main()
