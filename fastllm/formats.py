@@ -36,11 +36,13 @@ class IntFormat:
     bits:      4 or 8
     group:     weights that share a scale, along K; None: one scale for a whole row ("per channel")
     symmetric: z is 2**(bits - 1), the middle of the range, and not stored
+    activations: "int8": each row of the input is rounded to 8 bits as well, when it comes; None: it stays as it is
     """
 
     bits: int
     group: int | None = None
     symmetric: bool = True
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -49,12 +51,27 @@ class IntFormat:
             raise ValueError(
                 f"group_size={self.group} is not a multiple of 32; use 32, 64, 128, 256, or -1 (per channel)"
             )
+        if self.activations not in (None, "int8"):
+            raise ValueError(f"activations={self.activations!r}: only 'int8' is supported, or None to leave them")
+        if self.activations and (self.bits, self.group, self.symmetric) != (8, None, True):
+            raise ValueError(
+                f"activations='int8' with {self.weight_only.name} weights: integer products need integer sums, so "
+                "weights of 8 bits, symmetric, with one scale per channel; use weights='int8' without a group size"
+            )
 
     @property
     def name(self) -> str:
-        """Such as "int4-g128", "int4-channel", "int8" (per channel), "int4-g64-asym"; `parse_format` reads it."""
+        """Such as "int4-g128", "int4-channel", "int8" (per channel), "int4-g64-asym", "int8-a8" (activations too).
+
+        `parse_format` reads it.
+        """
         group = f"-g{self.group}" if self.group else "" if DEFAULT_GROUP[self.bits] is None else "-channel"
-        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}{'-a8' if self.activations else ''}"
+
+    @property
+    def weight_only(self) -> "IntFormat":
+        """The same weights, for activations that stay as they are."""
+        return replace(self, activations=None)
 
     @property
     def middle(self) -> int:
@@ -85,28 +102,36 @@ FORMATS = {
     for group in (None, 32, 64, 128, 256)
     for symmetric in (True, False)
     for f in [IntFormat(bits, group, symmetric)]
-}
+} | {"int8-a8": IntFormat(8, activations="int8")}
 
 
-def parse_format(name: "str | IntFormat", group_size: int | None = None, symmetric: bool | None = None) -> IntFormat:
-    """The format called `name` ("int4", "int8", "int4-g64", "int4-g32-asym", "int4-channel").
+def parse_format(
+    name: "str | IntFormat",
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    activations: str | None = None,
+) -> IntFormat:
+    """The format called `name` ("int4", "int8", "int4-g64", "int4-g32-asym", "int4-channel", "int8-a8").
 
-    group_size replaces the group that the name gives; -1: one scale per output channel.
+    group_size replaces the group that the name gives; -1: one scale per output channel. activations: "int8" is as if
+    the name ended in -a8.
 
     Raises ValueError for an unknown name, naming the known ones.
     """
     if isinstance(name, IntFormat):
         format = name
     else:
-        match = re.fullmatch(r"int([48])(?:-g(\d+)|(-channel))?(-asym)?", name)
+        match = re.fullmatch(r"int([48])(?:-g(\d+)|(-channel))?(-asym)?(-a8)?", name)
         if match is None:
             raise ValueError(f"unknown weight format {name!r}; known: int4, {', '.join(sorted(FORMATS))}")
         bits = int(match[1])
         group = int(match[2]) if match[2] else None if match[3] else DEFAULT_GROUP[bits]
-        format = IntFormat(bits, group, symmetric=match[4] is None)
+        format = IntFormat(bits, group, match[4] is None, "int8" if match[5] else None)
     if group_size is not None:
         format = replace(format, group=None if group_size == -1 else group_size)
-    return format if symmetric is None else replace(format, symmetric=symmetric)
+    if symmetric is not None:
+        format = replace(format, symmetric=symmetric)
+    return format if activations is None else replace(format, activations=activations)
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:

@@ -184,24 +184,27 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     BLOCK_K = min(4096, triton.next_power_of_2(K))
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
         _quantize_rows[(M,)](
-            x, q, scale, tl.constexpr(K) if _interpreted() else K, *x.stride(),  # NumPy 2.4 refuses a tensor as a bound
+            x, q, scale,
+            tl.constexpr(K) if _interpreted() else K, *x.stride(),  # NumPy 2.4 refuses a tensor as a loop's bound
             BLOCK_K=BLOCK_K, num_warps=8 if BLOCK_K > 2048 else 4,
         )  # fmt: skip
     return q, scale
 
 
-def _check(q: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: object) -> None:
+def _check(
+    q: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None
+) -> None:
     """Raise ValueError unless the operands fit: the kernel would read beyond them."""
-    for name, t in (("q", q), ("w", w)):
-        if t.dtype != torch.int8 or t.ndim != 2 or t.stride(1) != 1 and t.shape[1] > 1:
-            raise ValueError(f"{name} must be an int8 matrix with unit inner stride, got {t.dtype} {list(t.shape)}")
+    for name, m in (("q", q), ("w", w)):
+        if m.dtype != torch.int8 or m.ndim != 2 or m.stride(1) != 1 and m.shape[1] > 1:
+            raise ValueError(f"{name} must be an int8 matrix with unit inner stride, got {m.dtype} {list(m.shape)}")
     M, K, N = *q.shape, len(w)
     if w.shape[1] < K or not 0 < K <= LARGEST_K:
         raise ValueError(
             f"w must be [{N}, {K}] for q {list(q.shape)}, with K from 1 to {LARGEST_K}; got {list(w.shape)}"
         )
     for name, t, length in (("x_scale", x_scale, M), ("w_scale", w_scale, N), ("bias", bias, N)):
-        if isinstance(t, torch.Tensor) and (t.shape != (length,) or not t.is_contiguous()):
+        if t is not None and (t.shape != (length,) or not t.is_contiguous()):
             raise ValueError(f"{name} must be a contiguous [{length}], got {list(t.shape)}")
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from fastllm import __version__
 from fastllm.cli import COMMANDS, main
-from fastllm.ops import LAYOUTS
+from fastllm.formats import FORMATS
+from fastllm.ops import layouts_of
 
 KEYS = {"decode_tok_s", "prefill_s", "prefill_tokens", "perplexity", "bytes_per_token", "load_s", "peak_rss_bytes"}
 WORDS = [f"w{i}" for i in range(125)]
@@ -145,10 +146,11 @@ def test_env_tells_what_can_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = figures(tmp_path, "env")
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["python"]
     assert found["machine"]["threads"] == torch.get_num_threads()
-    assert set(found["layouts"]["cpu"]) == {"int4-g128", "int8"}
-    for rows in found["layouts"]["cpu"].values():
-        assert set(rows) == set(LAYOUTS)
-        assert rows["planar"]["reasons"] and not rows["rest"]["reasons"]
+    assert set(found["layouts"]["cpu"]) == {"int4-g128", "int8", "int8-a8"}
+    for name, rows in found["layouts"]["cpu"].items():
+        assert set(rows) == set(layouts_of(FORMATS[name]))
+        first, *_, last = rows.values()  # a GPU's, and the definition
+        assert "CUDA" in first["reasons"][0] and not last["reasons"]
     assert found["layouts"]["cpu"]["int8"]["planar"]["reasons"][0] in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of the int8 kernels for GPUs that are not here: no spills, integer tensor cores, async loads."""
+"""What the compiler makes of the int8 kernels for GPUs that are not here: no spills, tensor cores, async loads."""
 
 import json
 import os

@@ -21,11 +21,15 @@ class Choice:
         lm_head: str | IntFormat | bool | None = None,
         include: Patterns = "*",
         exclude: Patterns = (),
+        activations: str | None = None,
     ):
         self.include, self.exclude = include, exclude
         self.mapped = isinstance(weights, Mapping)
         table = dict(weights) if isinstance(weights, Mapping) else {"*": weights}
-        self.table = {pattern: None if f is None else parse_format(f, group_size) for pattern, f in table.items()}
+        self.table = {
+            pattern: None if f is None else parse_format(f, group_size, activations=activations)
+            for pattern, f in table.items()
+        }
         self.lm_head = parse_format(lm_head) if isinstance(lm_head, (str, IntFormat)) else lm_head
 
     def format(self, name: str, N: int, head_of: Any = None) -> tuple[IntFormat | None, str, str]:
@@ -40,6 +44,11 @@ class Choice:
             return None, f"{N} outputs: too small to matter", "name it in weights={...} to insist"
         return format, reason, remedy
 
+    def experts(self, name: str, N: int) -> tuple[IntFormat | None, str, str]:
+        """As `format`, for the experts of a mixture: of them only the weights are quantized."""
+        format, reason, remedy = self.format(name, N)
+        return (None if format is None else format.weight_only), reason, remedy
+
     def _format(self, name: str, is_head: bool) -> tuple[IntFormat | None, str, str]:
         if not matches(name, self.include):
             return None, f"does not match include={self.include!r}", "widen include="
@@ -51,7 +60,8 @@ class Choice:
             return self.lm_head, "", ""
         for pattern, format in self.table.items():
             if fnmatchcase(name, pattern):
-                # the head decides between all words at once: one scale per word at 8 bits is the safe choice
+                # the head decides between all words at once: one scale per word at 8 bits, and activations as they
+                # are, is the safe choice
                 small_head = is_head and not self.mapped and format is not None and self.lm_head is None
                 return (IntFormat(8) if small_head else format), "weights= says to leave it", "change weights="
         return None, "matches no pattern of weights=", "add one, or '*'"

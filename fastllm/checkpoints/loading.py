@@ -26,6 +26,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     weights: str | IntFormat | Mapping[str, str | IntFormat | None] | None = None,
+    activations: str | None = None,
     group_size: int | None = None,
     method: str | None = None,
     lm_head: str | IntFormat | bool | None = None,
@@ -42,7 +43,7 @@ def load(
                 (None: it stays dense); or a GGUF file, which is loaded dense
     dtype:      of what is not packed, a torch dtype or its name; default: the checkpoint's (GGUF: bfloat16)
     device_map: as in transformers, but nothing can be offloaded
-    weights, group_size, method, lm_head, include, exclude: as in `fastllm.optimize`, for dense checkpoints
+    weights, activations, group_size, method, lm_head, include, exclude: as in `fastllm.optimize`, for dense ones
     quiet:      no progress
     auto_class: a class with `from_pretrained`; by default the one that config.json names
     kwargs:     go to `from_pretrained`
@@ -50,6 +51,8 @@ def load(
     The model can be saved with `save_pretrained`. Raises FileNotFoundError, ImportError where `gguf` is missing, or
     ValueError (CheckpointError is one) naming the layer or file, the numbers and what to do.
     """
+    if activations is not None and weights is None:
+        raise ValueError(f"activations={activations!r} goes with weights='int8', of a dense checkpoint")
     folder = Path(path)
     if folder.suffix == ".gguf":
         others = {"device_map": device_map, "weights": weights, "auto_class": auto_class, **kwargs}
@@ -60,7 +63,8 @@ def load(
         _refuse_stored(folder, stored, weights)
         config.quantization_config = {"quant_method": "fastllm", "stored": stored, "quiet": quiet}
     elif weights is not None:
-        kwargs["quantization_config"] = FastllmConfig(weights, group_size, method, lm_head, include, exclude, quiet)
+        settings = (weights, group_size, method, lm_head, include, exclude, quiet, activations)
+        kwargs["quantization_config"] = FastllmConfig(*settings)
     _check_files(folder, packed=stored is not None)
     kwargs |= {k: v for k, v in (("dtype", dtype), ("device_map", device_map)) if v is not None}
     with _without_bars(quiet or stored is not None or weights is not None):

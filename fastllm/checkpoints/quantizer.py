@@ -44,18 +44,19 @@ class FastllmConfig(QuantizationConfigMixin):
         include: Patterns = "*",
         exclude: Patterns = (),
         quiet: bool = True,
+        activations: str | None = None,
         stored: Mapping[str, Any] | None = None,
         **_: Any,
     ):
         self.quant_method: Any = "fastllm"
         self.weights = dict(weights) if isinstance(weights, Mapping) else weights
         self.group_size, self.method, self.lm_head = group_size, method, lm_head
-        self.include, self.exclude, self.quiet = include, exclude, quiet
+        self.include, self.exclude, self.quiet, self.activations = include, exclude, quiet, activations
         self.stored = None if stored is None else dict(stored)
         self.choice()  # complains now, not in the middle of loading
 
     def choice(self) -> Choice:
-        return Choice(self.weights, self.group_size, self.lm_head, self.include, self.exclude)
+        return Choice(self.weights, self.group_size, self.lm_head, self.include, self.exclude, self.activations)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: _plain(value) for name, value in self.__dict__.items()}
@@ -129,7 +130,7 @@ class FastllmQuantizer(HfQuantizer):
         choice, head = self.settings.choice(), model.get_output_embeddings()
         for name, module in model.named_modules():
             if is_experts(module):
-                format, _, _ = choice.format(name, module.down_proj.shape[1])
+                format, _, _ = choice.experts(name, module.down_proj.shape[1])
                 if format is not None:
                     understood(name, module)
                     self.slots[name] = ExpertSlots(module, module.down_proj.dtype, dense=format)

@@ -26,6 +26,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise: str) -> None:
     parser.add_argument("--weights", default=default, metavar="FORMAT", help=f"int4, int8, int4-g64, ...; {otherwise}")
     parser.add_argument(
+        "--activations", choices=("int8",), help="round the layers' inputs as well; needs --weights int8; default: no"
+    )
+    parser.add_argument(
         "--group-size", type=int, metavar="N", help="weights per scale, in place of the format's; -1: one per channel"
     )
     parser.add_argument("--method", choices=("rtn", "hqq"), help="how to round; default: hqq for int4, rtn for int8")
@@ -102,6 +105,7 @@ def optimize(model: Any, args: argparse.Namespace, weights: str, **more: Any) ->
     return patch(
         model,
         weights,
+        activations=args.activations,
         group_size=args.group_size,
         method=args.method,
         lm_head=False if args.lm_head == "none" else args.lm_head,
@@ -115,7 +119,8 @@ def optimize(model: Any, args: argparse.Namespace, weights: str, **more: Any) ->
 
 def refuse_options(args: argparse.Namespace) -> None:
     """Raise ValueError if an option of `add_weights` is given where nothing is to be quantized."""
-    given = [name for name in ("group_size", "method", "lm_head", "include", "exclude") if getattr(args, name)]
+    names = ("activations", "group_size", "method", "lm_head", "include", "exclude")
+    given = [name for name in names if getattr(args, name)]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} needs --weights, and a model that is not quantized yet")
 

@@ -10,7 +10,7 @@ from typing import Any
 HELP = "versions, devices, and which kernels can run here"
 REQUIRED = ("fastllm-kernels", "torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
 OPTIONAL = ("accelerate", "compressed-tensors", "gguf", "peft", "torchao", "bitsandbytes")
-EXAMPLES = ("int4", "int8")  # formats, of a weight as below
+EXAMPLES = ("int4", "int8", "int8-a8")  # formats, of a weight as below
 N, K = 4096, 4096
 
 
@@ -80,7 +80,7 @@ def layouts() -> dict[str, dict[str, dict[str, Any]]]:
     import torch
 
     from ..formats import parse_format
-    from ..ops import LAYOUTS
+    from ..ops import layouts_of
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
@@ -90,7 +90,7 @@ def layouts() -> dict[str, dict[str, dict[str, Any]]]:
                     "runs": layout.runs,
                     "reasons": layout.reasons(parse_format(name), N, K, torch.bfloat16, torch.device(device)),
                 }
-                for layout in LAYOUTS.values()
+                for layout in layouts_of(parse_format(name)).values()
             }
             for name in EXAMPLES
         }

@@ -28,7 +28,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         common.refuse_options(args)
     text = args.text.read_text(encoding="utf-8") if args.text else sample_text()
     model, tokenizer = common.load(args)
-    result: dict[str, Any] = {"model": args.model, "weights": weights}
+    result: dict[str, Any] = {"model": args.model, "weights": weights, "activations": args.activations}
     if weights is not None:
         report = common.optimize(model, args, weights)
         result["report"] = report.to_dict()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import IntFormat, QuantizedWeight, check, dequantize, parse_format
-from ..ops import LAYOUTS, choose_layout, quant_matmul
+from ..ops import int8_matmul_dynamic, layout_for, layouts_of, quant_matmul
 from ..quantizers import quantize
 
 
@@ -15,7 +15,8 @@ class QuantLinear(nn.Module):
     """y = x @ W.T + bias, with W [out_features, in_features] stored in an `IntFormat`.
 
     x [..., in_features] in float16, bfloat16 or float32; y [..., out_features] in the dtype of x. Differentiable with
-    respect to x, so adapters train on top of it; the weight itself does not learn.
+    respect to x, so adapters train on top of it; the weight itself does not learn. With the format "int8-a8" each row
+    of x is rounded to 8 bits on the way in, and the products are integers.
 
     The parameters have the names and, whenever they leave the module (`state_dict`, copying, moving), the layout of a
     compressed-tensors checkpoint. Between those moments the packed weight is permuted for the device it lies on.
@@ -117,7 +118,7 @@ class QuantLinear(nn.Module):
         """The weight in the layout of the checkpoint; `packed` is new memory if a layout had to be undone."""
         packed = self.weight_packed.detach()
         if self.layout:
-            packed = LAYOUTS[self.layout].unpack(packed, self.format, self.shape)
+            packed = layouts_of(self.format)[self.layout].unpack(packed, self.format, self.shape)
         zero = self.weight_zero_point
         return QuantizedWeight(packed, self.weight_scale.detach(), None if zero is None else zero.detach())
 
@@ -130,7 +131,7 @@ class QuantLinear(nn.Module):
         device = self.weight_packed.device
         if self.layout or device.type == "meta":
             return
-        layout, _ = choose_layout(self.format, *self.shape, self.weight_scale.dtype, device)
+        layout = layout_for(self.format, *self.shape, self.weight_scale.dtype, device)
         prepared = layout.pack(self.at_rest(), self.format, self.shape)
         self.layout = layout.name
         self._set_packed(prepared.w)
@@ -153,6 +154,9 @@ class QuantLinear(nn.Module):
         # straight from the dictionaries: a small layer is called in 20 us, of which nn.Module.__getattr__ would take 2
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
+        if self.format.activations:
+            w, scale, zero, bias = parameters["weight_packed"], buffers["_scale"], buffers["_zero"], parameters["bias"]
+            return int8_matmul_dynamic(x, w, scale, zero, bias, self.out_features, self.layout)
         return quant_matmul(
             x,
             parameters["weight_packed"],
@@ -167,7 +171,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        runs = LAYOUTS[self.layout].runs if self.layout else "not loaded"
+        runs = layouts_of(self.format)[self.layout].runs if self.layout else "not loaded"
         return f"in_features={self.in_features}, out_features={self.out_features}, {bias=}, {self.format.name}, {runs}"
 
     # Whatever leaves or enters the module passes through the layout at rest.

@@ -27,6 +27,7 @@ def _why_not(format: IntFormat, device: torch.device) -> list[str]:
             (format.bits != 8, f"it holds 8-bit weights, not {format.bits}-bit"),
             (format.group is not None, "it takes one scale per channel, not groups"),
             (not format.symmetric, "it takes symmetric weights"),
+            (format.activations is not None, "it leaves activations as they are"),
         )
         if bad
     ]
@@ -39,7 +40,9 @@ def _signed(packed: Tensor) -> Tensor:
 
 def _at_rest(q: Tensor) -> Tensor:
     """int8 [N, K rounded up to 4] -> int32 words at rest, in new memory."""
-    return torch.bitwise_xor(q.contiguous().view(torch.uint8), 128).view(torch.int32)
+    stored = torch.bitwise_xor(q.contiguous().view(torch.uint8), 128)
+    # flat, because torch refuses to view a dimension of size 1 whose stride is odd
+    return stored.flatten().view(torch.int32).view(len(q), -1)
 
 
 def _widen(x: Tensor, K: int) -> Tensor:

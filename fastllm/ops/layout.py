@@ -1,6 +1,7 @@
 """What a runtime layout is: a permutation of a weight's bytes that some implementation reads fast, and its inverse."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,31 @@ class Layout(ABC):
             y[:, rows] = linear(x, self.dense(p, bits, group, rows, K, dtype))
         return y
 
+    def grad_x(self, grad: Tensor, p: Prepared, K: int, bits: int, group: int) -> Tensor:
+        """grad [..., N] @ dense [N, K] -> [..., K] in grad's dtype, a few MB of the weight at a time."""
+        rows, N, step = grad.reshape(-1, grad.shape[-1]), grad.shape[-1], self.step(K)
+        total = torch.zeros(len(rows), K, dtype=torch.float32, device=grad.device)
+        for start in range(0, N, step):
+            here = slice(start, min(start + step, N))
+            total += rows[:, here] @ self.dense(p, bits, group, here, K, grad.dtype)
+        return total.to(grad.dtype).view(*grad.shape[:-1], K)
+
+
+def choose(
+    layouts: Mapping[str, Layout], format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Layout, dict[str, list[str]]]:
+    """The first of `layouts` that can hold the weight, and why those before it cannot: {name: reasons}.
+
+    Raises ValueError with every reason if there is none.
+    """
+    refused: dict[str, list[str]] = {}
+    for name, layout in layouts.items():
+        if not (reasons := layout.reasons(format, N, K, dtype, device)):
+            return layout, refused
+        refused[name] = reasons
+    every = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
+    raise ValueError(f"no layout can hold {format.name} [{N}, {K}] for {dtype} on {device}: {every}")
+
 
 class Rest(Layout):
     """The layout of the checkpoint. Runs anywhere, by dequantising and multiplying: the definition of the op."""
@@ -71,7 +97,7 @@ class Rest(Layout):
     name, runs = "rest", "dequantise + matmul"
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
-        return []
+        return ["it leaves activations as they are"] if format.activations else []
 
     def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
         zero = None if weight.zero_point is None else unpack_zero_point(weight.zero_point, format.bits, shape[0])

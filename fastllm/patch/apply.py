@@ -34,6 +34,7 @@ def optimize(
     model: Any,
     weights: str | IntFormat | Mapping[str, str | IntFormat | None] = "int4",
     *,
+    activations: str | None = None,
     group_size: int | None = None,
     method: str | None = None,
     lm_head: str | IntFormat | bool | None = None,
@@ -45,10 +46,13 @@ def optimize(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Report:
-    """Quantize the weights of a Hugging Face model in place; return a report (print it).
+    """Quantize the weights, on request the activations too, of a Hugging Face model in place; return a report.
 
     weights:      "int4", "int8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module names:
                   format or None}, of which the first match counts and what matches none stays dense
+    activations:  "int8": the inputs of the layers, too, are rounded to 8 bits when they come, token by token, and the
+                  products are integers; needs weights="int8". The output head and experts keep theirs (insist on the
+                  head's with lm_head="int8-a8"). In a mapping, "int8-a8" names such a format
     group_size:   weights per scale, in place of what `weights` says, but not in lm_head; -1: one per output channel
     method:       "rtn" or "hqq" (see `fastllm.quantizers`); by default hqq for 4 bits and rtn for 8
     lm_head:      the format of the output head; False: leave it; True: as `weights` says; by default one scale per
@@ -70,7 +74,7 @@ def optimize(
         logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
         return model._fastllm.report
     refuse_state(model)
-    plan = Planner(weights, group_size, lm_head, include, exclude).plan(model)
+    plan = Planner(weights, group_size, lm_head, include, exclude, activations).plan(model)
     if not plan.chosen:
         min_coverage = max(min_coverage, 1e-9)
     refuse_coverage(plan, min_coverage, model)

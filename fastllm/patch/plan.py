@@ -11,7 +11,7 @@ from ..checkpoints.choice import Choice, Patterns
 from ..formats import IntFormat
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import is_experts, up_name
-from ..ops import LAYOUTS, choose_layout
+from ..ops import layout_for
 
 
 @dataclass
@@ -88,8 +88,9 @@ class Planner:
         lm_head: str | IntFormat | bool | None,
         include: Patterns,
         exclude: Patterns,
+        activations: str | None = None,
     ):
-        self.choice = Choice(weights, group_size, lm_head, include, exclude)
+        self.choice = Choice(weights, group_size, lm_head, include, exclude, activations)
 
     def plan(self, model: Any) -> Plan:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -136,9 +137,9 @@ class Planner:
         self, decision: Decision, format: IntFormat, N: int, K: int, weight: nn.Parameter, count: int, bias: bool
     ) -> int:
         """Choose `format` for `count` weights [N, K]; return the bytes that they will have."""
-        layout, _ = choose_layout(format, N, K, weight.dtype, weight.device)
+        layout = layout_for(format, N, K, weight.dtype, weight.device)
         decision.format = format
-        decision.runs = f"{format.name}, {LAYOUTS[layout.name].runs}"
+        decision.runs = f"{format.name}, {layout.runs}"
         return count * (format.bytes(N, K, weight.element_size()) + bias * N * weight.element_size())
 
     def _share(self, model: Any, count: int) -> float:
@@ -150,7 +151,7 @@ class Planner:
         count, size = len(up), _bytes(module)
         share = self._share(model, count)
         decision = Decision(name, "experts", int(size * share), int(size * share), layers=count)
-        format, reason, remedy = self.choice.format(name, module.down_proj.shape[1])
+        format, reason, remedy = self.choice.experts(name, module.down_proj.shape[1])
         if format is None:
             return self._leave(decision, reason, remedy)
         total = 0
@@ -158,6 +159,8 @@ class Planner:
             N, K = (w.shape[2], w.shape[1]) if module.is_transposed else (w.shape[1], w.shape[2])
             total += self._take(decision, format, N, K, w, count, module.has_bias)
         decision.after = int(total * share)
+        if format != self.choice.format(name, module.down_proj.shape[1])[0]:
+            decision.runs += " (activations stay as they are: experts are quantized in their weights only)"
         return decision
 
     def _why_other(self, module: nn.Module) -> tuple[str, str]:
