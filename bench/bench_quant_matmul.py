@@ -61,6 +61,7 @@ class Shape:
         self.kinds: dict[str, Provider] = {}
         self.operands: dict[str, Operands] = {}
         self.copies: dict[str, list[Any]] = {}
+        self.kept: list[Any] = []  # alive as long as graphs may use it
         self.gpu = Cuda() if device == "cuda" else None
         self.dense = problem.w.float()
         for provider in asked:
@@ -95,6 +96,7 @@ class Shape:
         if self.gpu is None:
             return rotation, error_of(rotation[0](), want)
         provider.begin()
+        self.kept.append(providers.fresh_tickets())
         made = ready(rotation, self.gpu)
         y = made.replay()
         if made.mode == "graph":

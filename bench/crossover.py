@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from measure import cold_bytes, copies, measure, ready
-from providers import Dense, Kernel, Problem
+from providers import Dense, Kernel, Problem, fresh_tickets
 
 from fastllm.formats import IntFormat
 
@@ -26,7 +26,10 @@ def crossover(format: IntFormat, shapes: Sequence[tuple[int, int]], gpu: Any, un
             if time.perf_counter() > until:
                 break
             x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
-            runners = {n: ready([partial(made[n].run, state, x) for state in states[n]], gpu) for n in made}
+            kept, runners = [], {}
+            for name in made:
+                kept.append(fresh_tickets())
+                runners[name] = ready([partial(made[name].run, state, x) for state in states[name]], gpu)
             times = {name: timing.median for name, timing in measure(runners, "bf16", 0.0, gpu).items()}
             found.append({"format": format.name, "N": N, "K": K, "M": M, "seconds": times})
     return found

@@ -19,7 +19,7 @@ COLD = 96 << 20  # bytes of weights to rotate over on a CPU: three times the lar
 COLD_GPU = 200_000_000  # on a GPU at least, and four times its L2
 CALLS, TURNS = 20, 30  # calls of a graph, replays of it, at least
 REPLAY = 4e-4  # seconds that a replay should take: the events' own time and the graph's start then do not count
-MOST_CALLS = 1200  # of a graph: capturing one takes the host about 20 us
+MOST_CALLS = 480  # of a graph, but for a single round over many copies: capturing one takes the host about 20 us
 
 Rotation = Sequence[Callable[[], Any]]
 

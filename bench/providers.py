@@ -6,6 +6,7 @@ its operands stand for, where it tells; otherwise to the dense weight, with a bo
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import fastllm.ops
 from fastllm.formats import IntFormat, QuantizedWeight, dequantize, unpack_bits
 from fastllm.ops import LAYOUTS, choose_layout
 from fastllm.ops.int4pack import Int4Pack
@@ -87,6 +89,21 @@ class Provider(ABC):
         return None
 
 
+def fresh_tickets() -> Any:
+    """Give the split-K kernel new counters; returns the old ones, to be kept as long as graphs that use them.
+
+    Each launch that a graph captures takes some for good, and a process has enough for 1024 launches. A benchmark
+    captures hundreds for a single time, and what comes after the last would be slowed by clearing its own.
+    """
+    if find_spec("fastllm.kernels.tickets") is None:
+        return None
+    from fastllm.kernels import tickets
+
+    old = tickets._tickets(torch.device("cuda", 0))
+    tickets._tickets.cache_clear()
+    return old
+
+
 def nbytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -144,35 +161,38 @@ class Kernel(Provider):
         return LAYOUTS["planar"].reasons(format, N, K, dtype, torch.device(device))
 
     def prepare(self, problem: Problem) -> Operands:
-        from fastllm.kernels import quant_matmul as kernels
+        from fastllm.kernels.dequantize import dequantize
+        from fastllm.kernels.quant_matmul import quant_matmul
 
         format, K = problem.format, problem.K
         bits, group = format.bits, format.group_of(K)
         planar = Packed(self.name, LAYOUTS["planar"]).prepare(problem)
 
         def fused(p: Any, x: Tensor) -> Tensor:
-            return kernels.quant_matmul(x, p.w, p.scale, p.zero, None, bits, group)
+            return quant_matmul(x, p.w, p.scale, p.zero, None, bits, group)
 
         def dequantised(p: Any, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, kernels.dequantize(p.w, p.scale, p.zero, bits, group, K, x.dtype))
+            return nn.functional.linear(x, dequantize(p.w, p.scale, p.zero, bits, group, K, x.dtype))
 
         return planar._replace(run=fused if self.fused else dequantised)
 
 
-class Pending(Provider):
-    """A hook for an op of fastllm that quantizes the activations too; says so where this checkout has none."""
-
-    def __init__(self, name: str, module: str, bits: int) -> None:
-        self.name, self.module, self.bits = name, module, bits
+class Int8Activations(Packed):
+    """int8 weights and activations, the latter rounded row by row within each call."""
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
-        found = [] if find_spec(self.module) else [f"{self.module} is not in this checkout"]
-        found += [] if device == "cuda" else [f"it is measured on a CUDA device, not on {device}"]
-        found += [] if format.bits == self.bits and format.group is None else ["it takes int8, one scale a row"]
-        return found
+        if not hasattr(fastllm.ops, "INT8_LAYOUTS"):
+            return ["this checkout has no product of int8 activations"]
+        if (format.bits, format.group, format.symmetric) != (8, None, True):
+            return ["it takes symmetric int8 weights with one scale a row"]
+        chosen = self.layout_for(format, N, K, dtype, device)
+        return [] if chosen.name != "int8-rest" else [f"only the definition in plain torch runs on {device}"]
+
+    def layout_for(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> Layout:
+        return fastllm.ops.layout_for(replace(format, activations="int8"), N, K, dtype, torch.device(device))
 
     def prepare(self, problem: Problem) -> Operands:
-        raise NotImplementedError(f"{self.name}: {self.module} has landed; call it here")
+        return super().prepare(problem)._replace(bound=ROUNDED)
 
 
 def variant(kind: type[Layout], **switches: int) -> Layout:
@@ -198,7 +218,7 @@ def own(device: str) -> list[Provider]:
         Packed("fastllm"),
         Kernel("fused kernel", fused=True),
         Kernel("dequantise + cuBLAS", fused=False),
-        Pending("fastllm w8a8", "fastllm.kernels.int8_matmul", 8),
+        Int8Activations("fastllm w8a8"),
     ]
 
 

@@ -25,7 +25,7 @@ import torch
 from bench_quant_matmul import faults, said
 from crossover import crossings, crossover
 from measure import Cuda, cold_bytes, copies, error_of, measure, ready
-from providers import EXACT, Operands, Packed, Problem
+from providers import EXACT, Operands, Packed, Problem, fresh_tickets
 from results import RESULTS, device_name, write
 from targets import mean
 from torch import Tensor
@@ -113,6 +113,7 @@ class Bench:
     def __init__(self, format: IntFormat, N: int, K: int, card: Card, gpu: Any) -> None:
         self.format, self.N, self.K, self.card, self.gpu = format, N, K, card, gpu
         self.problem = Problem(format, N, K, card.dtype, card.device)
+        self.kept: list[Any] = []  # alive as long as graphs may use it
         made = operands(self.problem)
         self.states = [made.make() for _ in range(copies(made.bytes, card.cold))]
 
@@ -139,6 +140,7 @@ class Bench:
     def runner(self, x: Tensor, want: Tensor, tile: Any) -> Any:
         bits, group = self.format.bits, self.format.group_of(self.K)
         rotation = [partial(call, state, x, bits, group, tile) for state in self.states]
+        self.kept.append(fresh_tickets())
         try:
             if not error_of(rotation[0](), want) <= EXACT:
                 print(f"WRONG: {tile} at M={len(x)}, {self.N} x {self.K}")
