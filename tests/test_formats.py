@@ -82,12 +82,13 @@ def test_hqq_is_no_worse_in_any_group(format, device):
     w = torch.randn(N, K) * torch.rand(N, 1) + (torch.rand(N, K) > 0.99) * 3
 
     def error(method):
-        e = (dequantize(quantize(w, format, method), format, (N, K), torch.float32) - w).square()
-        return e.view(N, format.groups(K), -1).sum(-1)
+        e = (dequantize(quantize(w, format, method), format, (N, K), torch.float32) - w).abs()
+        return e.pow(2 if format.symmetric else 4).view(N, format.groups(K), -1).sum(-1)  # what each chooses by
 
     rtn, hqq = error("rtn"), error("hqq")
     assert (hqq <= rtn * 1.001).all()
-    assert format.bits == 8 or hqq.sum() < 0.97 * rtn.sum()
+    kept = format.bits == 8 or not format.symmetric and format.group_of(K) > 128  # where the scale stays
+    assert kept or hqq.sum() < 0.97 * rtn.sum()
 
 
 @pytest.mark.parametrize("largest", [1.0, -1.0])

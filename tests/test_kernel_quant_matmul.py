@@ -13,7 +13,10 @@ from close import assert_close, assert_equal
 from torch import Tensor
 
 from fastllm.formats import pack_bits
-from fastllm.kernels.quant_matmul import config, dequantize, quant_matmul
+from fastllm.kernels.dequantize import dequantize
+from fastllm.kernels.quant_config import BLOCK, ROWS, SMALL, Config, config, split_k
+from fastllm.kernels.quant_matmul import quant_matmul
+from fastllm.kernels.tickets import SLAB, SLABS, Tickets, take_tickets
 from fastllm.ops.planar import from_planar, planar_words, to_planar, unpack_planar
 
 MS = (1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 65, 127, 129)
@@ -110,9 +113,9 @@ def test_the_cases_meet_every_value() -> None:
     assert {(c.bits, c.K) for c in CASES} >= {(b, K) for b in (4, 8) for K in KS}
     assert {(c.group, c.dtype) for c in CASES} == {(g, d) for g in GROUPS for d in DTYPES}
     assert {c.N for c in CASES} == set(NS)
-    tiles = {config(c.M, c.N, c.K, c.bits, c.group or c.K, c.dtype == torch.float32)[:2] for c in CASES}
-    assert tiles == {(32, 16), (64, 16), (64, 32), (64, 64), (128, 64)}
-    assert any(config(c.M, c.N, c.K, c.bits, c.group or c.K).SPLIT_K > 1 and c.bias for c in CASES)
+    tiles = {config(c.M, c.N, c.K, c.dtype == torch.float32)._replace(SPLIT_K=1) for c in CASES}
+    assert tiles == {row.tile for row in (SMALL, *ROWS[90])}
+    assert any(config(c.M, c.N, c.K).SPLIT_K > 1 and c.bias for c in CASES)
     assert any(c.group and c.K > c.group and c.K % c.group for c in CASES)  # a last group that is short
 
 
@@ -180,7 +183,7 @@ def test_nothing_to_do(M: int, N: int, dtype: torch.dtype, device: str) -> None:
 def test_close_on_random_values(bits: int, group: int, dtype: torch.dtype, device: str) -> None:
     p = exact(Case(bits, group, False, dtype, 9, 40, 1024, True, dtype), device)
     p = p._replace(x=torch.randn_like(p.x), scale=torch.rand_like(p.scale) / 50, bias=torch.randn_like(p.bias))
-    assert config(9, 40, 1024, bits, group).SPLIT_K > 1
+    assert config(9, 40, 1024).SPLIT_K > 1
     y = p.got()
     assert_close(y, p.want(), dtype=dtype)
     assert_equal(p.got(), y)  # the same bits at every run
@@ -202,20 +205,91 @@ def test_offsets_beyond_32_bits(far: str, device: str) -> None:
     if far == "x":
         x = torch.zeros(2**31 + 512, dtype=x.dtype, device=device).as_strided((2, 304), (2**31, 1)).copy_(x)
     else:  # 2**31 bytes from row to row
-        words = torch.zeros(2**29 + 128, dtype=torch.int32, device=device).as_strided((2, 76), (2**29, 1)).copy_(words)
+        words = torch.zeros(2**29 + 128, dtype=torch.int32, device=device).as_strided((2, 96), (2**29, 1)).copy_(words)
         assert_equal(dequantize(words, p.scale, p.zero, 8, p.group, 304, torch.float32), p.weight().float())
     assert_equal(quant_matmul(x, words, p.scale, p.zero, p.bias, 8, p.group), p.want().to(x.dtype))
 
 
-@pytest.mark.parametrize("M", [1, 16, 33, 64, 4096])
+TILES = sorted({row.tile for row in (SMALL, *ROWS[80], *ROWS[90])})
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: "-".join(str(int(v)) for v in t))
+def test_every_tile_with_every_split(tile: Config, device: str) -> None:
+    for i, (bits, group) in enumerate([(4, 128), (8, None), (4, 32), (8, 64), (4, 256), (4, None)]):
+        K, split = (
+            (1104, 640, 768, 1280, 1024, 512)[i],
+            min(i + 2, 8 // tile.BLOCKS),
+        )  # 1104: steps that are not shared
+        M, N = (tile.BLOCK_M + 1, tile.BLOCK_N + 3) if i < 2 else (3, tile.BLOCK_N - 1)
+        p = exact(Case(bits, group, i % 3 == 0, torch.float16, M, N, K, i % 2 == 0, torch.float16), device)
+        tile = tile._replace(SPLIT_K=split)
+        y = quant_matmul(p.x, p.words(), p.scale, p.zero, p.bias, bits, p.group, tile=tile)
+        assert_equal(y, p.want().to(torch.float16))
+
+
 @pytest.mark.parametrize("fp32", [True, False])
-def test_splits_share_all_blocks(M: int, fp32: bool) -> None:
-    for N in (1, 4096, 28672, 128256):
-        for K in (1, 127, 128, 896, 4096, 4304, 14336, 28672):
-            tile = config(M, N, K, 4, 128, fp32)
-            blocks = -(-K // 128)
-            steps = -(-blocks // tile.SPLIT_K)
-            assert 1 <= tile.SPLIT_K <= 8 and steps * (tile.SPLIT_K - 1) < blocks <= steps * tile.SPLIT_K
+@pytest.mark.parametrize("capability, multiprocessors", [(80, 108), (90, 132), (100, 148)])
+def test_splits_share_all_steps(fp32: bool, capability: int, multiprocessors: int) -> None:
+    for M in (1, 16, 33, 64, 4096):
+        for N in (1, 4096, 28672, 128256):
+            for K in (1, 127, 128, 896, 4096, 4304, 14336, 28672):
+                tile = config(M, N, K, fp32, False, capability, multiprocessors)
+                steps = -(-K // (BLOCK * tile.BLOCKS))
+                each = -(-steps // tile.SPLIT_K)
+                assert 1 <= tile.SPLIT_K <= 8 and each * (tile.SPLIT_K - 1) < steps <= each * tile.SPLIT_K
+                assert tile.SPLIT_K == 1 or each > 1
+
+
+def test_splits_fill_the_device_once() -> None:
+    assert split_k(tiles=64, steps=16, resident=4, multiprocessors=132) == 8  # 512 programs where 528 are wanted
+    assert split_k(tiles=128, steps=32, resident=4, multiprocessors=132) == 4
+    assert split_k(tiles=2000, steps=16, resident=4, multiprocessors=132) == 1
+    assert split_k(tiles=1, steps=3, resident=4, multiprocessors=132) == 1  # a program takes two steps at least
+
+
+@pytest.mark.parametrize("bits, group, K", [(4, 128, 1024), (4, 32, 650), (8, None, 2048)])
+def test_rows_do_not_depend_on_each_other(
+    bits: int, group: int | None, K: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastllm.kernels.quant_matmul.INVARIANT_ROWS", 64)
+    p = exact(Case(bits, group, False, torch.float16, 70, 40, K, True, torch.float16), device)
+    p = p._replace(x=torch.randn_like(p.x), scale=torch.rand_like(p.scale) / 50)
+
+    def rows(of: slice) -> Tensor:
+        return quant_matmul(p.x[of], p.words(), p.scale, p.zero, p.bias, bits, p.group, batch_invariant=True)
+
+    whole = rows(slice(None))
+    assert_close(whole, p.want(), dtype=torch.float16)
+    for of in (slice(0, 1), slice(3, 20), slice(60, 70)):
+        assert_equal(rows(of), whole[of])
+    assert len({config(M, 4096, K, batch_invariant=True) for M in (1, 16, 17, 64, 128, 4096)}) == 1
+
+
+def test_tickets_are_not_shared() -> None:
+    tickets = Tickets(torch.device("cpu"))
+    assert tickets.take(stream=0, capturing=True) is None  # nothing to give before the first launch outside a capture
+    first, other = tickets.take(0, False), tickets.take(1, False)
+    graphs = [tickets.take(0, True) for _ in range(3)]
+    assert tickets.take(0, False).data_ptr() == first.data_ptr()
+    assert len({t.data_ptr() for t in (first, other, *graphs)}) == 5
+    assert not first.any() and first.shape == (SLAB,)
+    rest = [tickets.take(0, True) for _ in range(SLABS - 4)]
+    assert rest[-1] is None and rest[-2] is not None
+    assert take_tickets(SLAB + 1, torch.device("cpu")).shape == (SLAB + 1,)
+
+
+def test_tickets_go_back_to_zero(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def take(tiles: int, device: torch.device) -> Tensor:
+        given.append(take_tickets(tiles, device))
+        return given[-1]
+
+    monkeypatch.setattr("fastllm.kernels.quant_matmul.take_tickets", take)
+    p = exact(BASE._replace(K=1024), device)
+    assert config(*p.x.shape[:1], len(p.q), 1024).SPLIT_K > 1
+    check_exact(p)
+    assert len(given) == 1 and not given[0].any()
 
 
 @pytest.mark.parametrize("case", CASES[::5], ids=str)
@@ -234,23 +308,24 @@ def test_dequantize(case: Case, device: str) -> None:
     assert scratch.isnan().sum() == scratch.numel() - out.numel()
 
 
-def slow_planar(q: Tensor) -> Tensor:
-    """4 bits, straight from the words of the layout's description."""
+def slow_planar(q: Tensor, bits: int) -> Tensor:
+    """Straight from the words of the layout's description."""
     N, K = q.shape
-    halves = torch.zeros(N, -(-K // 128) * 32, dtype=torch.int32)
+    halves, planes = torch.zeros(N, -(-K // 128) * 8 * bits, dtype=torch.int32), 16 // bits
     for k in range(-(-K // 128) * 128):
-        block, p, j = k // 128, k % 128 // 32, k % 32
-        halves[:, block * 32 + j] |= (q[:, k].int() if k < K else 8) << (4 * p)
+        block, p, j = k // (32 * planes), k // 32 % planes, k % 32
+        halves[:, block * 32 + j] |= (q[:, k].int() if k < K else 2 ** (bits - 1)) << (bits * p)
     return halves[:, 0::2] | halves[:, 1::2] << 16
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("K", [128, 384, 1, 8, 40, 104, 136, 1000])
-def test_planar_is_what_it_says(K: int) -> None:
-    q = torch.randint(0, 16, (5, K), dtype=torch.uint8)
-    planar, whole = to_planar(pack_bits(q, 4), K, 4), -(-K // 8) * 8
-    padded = torch.nn.functional.pad(q, (0, whole - K))  # words at rest are kept whole; further words hold eights
-    assert_equal(planar, slow_planar(padded))
-    assert planar.shape[1] == planar_words(K, 4) == -(-K // 128) * 16
+def test_planar_is_what_it_says(K: int, bits: int) -> None:
+    q = torch.randint(0, 2**bits, (5, K), dtype=torch.uint8)
+    planar, word = to_planar(pack_bits(q.clone(), bits), K, bits), 32 // bits
+    padded = torch.nn.functional.pad(q, (0, -K % word))  # words at rest are kept whole; further words hold middles
+    assert_equal(planar, slow_planar(padded, bits))
+    assert planar.shape[1] == planar_words(K, bits) == -(-K // 128) * 4 * bits
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -4,7 +4,15 @@ import pytest
 import torch
 from close import assert_close, assert_equal
 
-from fastllm.formats import FORMATS, IntFormat, QuantizedWeight, dequantize, pack_bits, pack_zero_point
+from fastllm.formats import (
+    FORMATS,
+    IntFormat,
+    QuantizedWeight,
+    dequantize,
+    pack_bits,
+    pack_zero_point,
+    parse_format,
+)
 from fastllm.ops import LAYOUTS, choose_layout, quant_matmul
 from fastllm.ops.layout import Prepared
 from fastllm.quantizers import quantize
@@ -183,3 +191,21 @@ def test_scratch_is_bounded(device):
     got = quant_matmul(x, *p, None, N, format.bits, 128, layout)
     assert_close(got, x.double() @ dense.t(), *bounds(layout, torch.bfloat16), dtype=torch.bfloat16)
     assert isinstance(p, Prepared)
+
+
+@pytest.mark.parametrize("format", ["int4-g32", "int8"])
+def test_batch_invariant_rows(format, device):
+    format = parse_format(format)
+    layout, _ = choose_layout(format, 96, 256, torch.bfloat16, torch.device(device))
+    w = quantize(torch.randn(96, 256, device=device), format, "rtn", torch.bfloat16)
+    p = layout.pack(w, format, (96, 256))
+    x, bias = torch.randn(40, 256, device=device).bfloat16(), torch.randn(96, device=device).bfloat16()
+
+    def run(x, batch_invariant=True):
+        return quant_matmul(x, *p, bias, 96, format.bits, format.group_of(256), layout.name, batch_invariant)
+
+    whole = run(x)
+    assert_close(whole, run(x, False).double(), dtype=torch.bfloat16)
+    for rows in (slice(0, 1), slice(7, 20)):
+        assert_equal(run(x[rows]), whole[rows])
+    assert_equal(torch.compile(run, fullgraph=True)(x), whole)

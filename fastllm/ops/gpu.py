@@ -1,4 +1,4 @@
-"""Weights on a GPU: planar words, read by the Triton kernel."""
+"""Weights on a GPU: planar words, read by the Triton kernels."""
 
 from importlib.util import find_spec
 
@@ -8,6 +8,11 @@ from torch import Tensor
 from ..formats import IntFormat, QuantizedWeight, scale_groups
 from .layout import Layout, Prepared, Rest
 from .planar import from_planar, to_planar, unpack_planar
+
+# Rows of x from which dequantising and the library's product are taken for faster than the kernel: an estimate from
+# the bytes and operations of each, which `bench/tune_quant_matmul.py` measures.
+CROSSOVER = 512
+SCRATCH = 1 << 24  # weights that are dense at any one time: 32 MiB in 16 bits, less than an L2 cache of 50 MB
 
 
 class Planar(Layout):
@@ -30,13 +35,28 @@ class Planar(Layout):
     def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
         return from_planar(w.clone(), shape[1], format.bits)
 
+    def step(self, K: int) -> int:
+        return max(64, SCRATCH // K // 64 * 64)
+
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
-        zero = 2 ** (bits - 1) if p.zero is None else p.zero[rows]
-        return scale_groups(unpack_planar(p.w[rows], K, bits), p.scale[rows], zero, group, dtype)
+        if p.w.is_cuda:
+            from ..kernels.dequantize import dequantize  # Triton is imported on first use
+
+            zero = None if p.zero is None else p.zero[rows]
+            return dequantize(p.w[rows], p.scale[rows], zero, bits, group, K, dtype)
+        middle = 2 ** (bits - 1) if p.zero is None else p.zero[rows]
+        return scale_groups(unpack_planar(p.w[rows], K, bits), p.scale[rows], middle, group, dtype)
 
     def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
-        if not x.is_cuda:
-            return super().matmul(x, p, N, bits, group)
-        from ..kernels.quant_matmul import quant_matmul  # Triton is imported on first use
+        if x.is_cuda and len(x) < CROSSOVER:
+            return self.linear(x, p, None, N, bits, group, False)
+        return super().matmul(x, p, N, bits, group)
 
-        return quant_matmul(x, p.w, p.scale, p.zero, None, bits, group)
+    def linear(
+        self, x: Tensor, p: Prepared, bias: Tensor | None, N: int, bits: int, group: int, batch_invariant: bool
+    ) -> Tensor:
+        if not x.is_cuda or len(x) >= CROSSOVER and not batch_invariant:
+            return super().linear(x, p, bias, N, bits, group, batch_invariant)
+        from ..kernels.quant_matmul import quant_matmul
+
+        return quant_matmul(x, p.w, p.scale, p.zero, bias, bits, group, batch_invariant)

@@ -53,6 +53,17 @@ class Layout(ABC):
         dtype = x.dtype if x.is_cuda or x.dtype == torch.bfloat16 else torch.float32
         return self.by_chunks(x, p, N, bits, group, dtype).to(x.dtype)
 
+    def linear(
+        self, x: Tensor, p: Prepared, bias: Tensor | None, N: int, bits: int, group: int, batch_invariant: bool
+    ) -> Tensor:
+        """x [M, K] -> [M, N] in x's dtype, bias [N] added."""
+        y = (self.invariant if batch_invariant else self.matmul)(x, p, N, bits, group)
+        return y if bias is None else y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))
+
+    def invariant(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
+        """As `matmul`, but a row of y has the same bits whatever the other rows of x are. Here: one row at a time."""
+        return torch.cat([self.matmul(row, p, N, bits, group) for row in x.split(1)])
+
     def by_chunks(self, x: Tensor, p: Prepared, N: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
         """x [M, K] @ dense.T in `dtype`, with a bounded scratch."""
         (M, K), step = x.shape, self.step(x.shape[1])
@@ -62,7 +73,11 @@ class Layout(ABC):
         y = x.new_empty(M, N)
         for start in range(0, N, step):
             rows = slice(start, min(start + step, N))
-            y[:, rows] = linear(x, self.dense(p, bits, group, rows, K, dtype))
+            w = self.dense(p, bits, group, rows, K, dtype)
+            if x.is_cuda:
+                torch.mm(x, w.t(), out=y[:, rows])  # straight into its place
+            else:
+                y[:, rows] = linear(x, w)
         return y
 
     def grad_x(self, grad: Tensor, p: Prepared, K: int, bits: int, group: int) -> Tensor:

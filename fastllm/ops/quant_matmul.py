@@ -22,7 +22,7 @@ LAYOUTS: dict[str, Layout] = {
 LIBRARY = torch.library.Library("fastllm", "DEF")
 LIBRARY.define(
     "quant_matmul(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, "
-    "int N, int bits, int group, str layout) -> Tensor"
+    "int N, int bits, int group, str layout, bool batch_invariant=False) -> Tensor"
 )
 LIBRARY.define(
     "quant_matmul_grad_x(Tensor grad, Tensor w, Tensor scale, Tensor? zero, int K, int bits, int group, str layout)"
@@ -54,20 +54,23 @@ def quant_matmul(
     bits: int,
     group: int,
     layout: str,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """x [..., K] @ dequantize(w) [N, K].T + bias [N] -> [..., N], in x's dtype, with sums in float32 or wider.
 
     w, scale, zero: the operands that `fastllm.ops.LAYOUTS[layout].pack` returned; that they fit is not checked here.
     bits: 4 or 8. group: weights per scale along K. On the CPU, 4-bit weights and the plain rows of 8-bit ones are
     multiplied in bfloat16 whatever the dtype of x: a relative error of about 3e-3.
+    batch_invariant: a row of y has the same bits whatever the other rows of x are, and however many. Slower for many
+    rows; on a CPU they are taken one by one.
     Differentiable with respect to x and bias. Source of the format: compressed-tensors, `pack-quantized`.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
-        return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout)
+        return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
     if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
-        return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout)
+        return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
     # Nobody is watching: spare the dispatcher, 8 of the 20 us that a small layer costs.
-    return _forward(x, w, scale, zero, bias, N, bits, group, layout)
+    return _forward(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
 
 
 def _forward(
@@ -80,13 +83,12 @@ def _forward(
     bits: int,
     group: int,
     layout: str,
+    batch_invariant: bool = False,
 ) -> Tensor:
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if not len(rows):
         return x.new_empty(*x.shape[:-1], N)
-    y = LAYOUTS[layout].matmul(rows, Prepared(w, scale, zero), N, bits, group)
-    if bias is not None:
-        y = y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))
+    y = LAYOUTS[layout].linear(rows, Prepared(w, scale, zero), bias, N, bits, group, batch_invariant)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
 
 
@@ -94,30 +96,24 @@ def _grad_x(
     grad: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, K: int, bits: int, group: int, layout: str
 ) -> Tensor:
     """grad [..., N] @ dequantize(w) [N, K], in grad's dtype, a few MB of the weight at a time."""
-    rows, (N, dtype) = grad.reshape(-1, grad.shape[-1]), (grad.shape[-1], grad.dtype)
-    prepared, step = Prepared(w, scale, zero), LAYOUTS[layout].step(K)
-    total = torch.zeros(len(rows), K, dtype=torch.float32, device=grad.device)
-    for start in range(0, N, step):
-        here = slice(start, min(start + step, N))
-        total += rows[:, here] @ LAYOUTS[layout].dense(prepared, bits, group, here, K, dtype)
-    return total.to(dtype).view(*grad.shape[:-1], K)
+    return LAYOUTS[layout].grad_x(grad, Prepared(w, scale, zero), K, bits, group)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, w, scale, zero, bias, _, *rest = inputs
+    x, w, scale, zero, bias, _, bits, group, layout, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(w, scale, zero)
-    ctx.K, ctx.rest = x.shape[-1], rest
+    ctx.rest = x.shape[-1], bits, group, layout
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     w, scale, zero = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.fastllm.quant_matmul_grad_x(grad, w, scale, zero, ctx.K, *ctx.rest)
+        grad_x = torch.ops.fastllm.quant_matmul_grad_x(grad, w, scale, zero, *ctx.rest)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 for name, implementation in (("quant_matmul", _forward), ("quant_matmul_grad_x", _grad_x)):
