@@ -153,6 +153,16 @@ def unpack_bits(packed: Tensor, bits: int, C: int) -> Tensor:
     return q[:, :C]
 
 
+def to_int8(packed: Tensor, K: int) -> Tensor:
+    """int32 [N, ceil(K / 4)], symmetric 8-bit weights at rest -> int8 [N, K], as `int-quantized` stores them."""
+    return (unpack_bits(packed, 8, K) ^ 128).view(torch.int8)
+
+
+def from_int8(q: Tensor) -> Tensor:
+    """int8 [N, K] -> int32 [N, ceil(K / 4)], in new memory; the inverse of `to_int8`."""
+    return pack_bits(q.contiguous().view(torch.uint8) ^ 128, 8)
+
+
 def pack_zero_point(zero_point: Tensor, bits: int) -> Tensor:
     """uint8 [N, G] -> int32 [ceil(N * bits / 32), G]: packed along N, as compressed-tensors does."""
     return pack_bits(zero_point.t(), bits).t().contiguous()

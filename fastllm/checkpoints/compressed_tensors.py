@@ -1,8 +1,9 @@
-"""The `pack-quantized` format of compressed-tensors: which layer has which scheme, in `config.json`.
+"""The formats `pack-quantized` and `int-quantized` of compressed-tensors: which layer has which scheme.
 
 Source: https://github.com/vllm-project/compressed-tensors. A layer `name` of weight [N, K] is stored as
 `name.weight_packed`, `.weight_scale`, `.weight_zero_point` (see `fastllm.formats.QuantizedWeight`) and
-`.weight_shape`, int64 [2] = (N, K). `quantization_config` in config.json says which layers, by groups of targets.
+`.weight_shape`, int64 [2] = (N, K), if only its weight is quantized; with activations of 8 bits, as `name.weight`,
+int8 [N, K], and `.weight_scale` [N, 1]. `quantization_config` in config.json says which layers, by groups of targets.
 """
 
 import math
@@ -11,11 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..formats import IntFormat, QuantizedWeight
+from ..formats import IntFormat, QuantizedWeight, to_int8
 
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+METHOD, FORMAT, FORMAT_A8, MIXED = "compressed-tensors", "pack-quantized", "int-quantized", "mixed-precision"
+ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
 EXPERTS = r"re:.*\.experts\..*"
 SMALLEST_GROUP = 8
 
@@ -31,6 +34,7 @@ class Scheme:
     bits: int
     group: int | None
     symmetric: bool
+    activations: str | None = None
 
     @classmethod
     def storing(cls, format: IntFormat, *Ks: int) -> "Scheme | None":
@@ -41,12 +45,18 @@ class Scheme:
         group = None if format.group is None else math.gcd(format.group, *Ks)
         if group is not None and group < SMALLEST_GROUP:
             return None
-        return cls(format.bits, group, format.symmetric)
+        return cls(format.bits, group, format.symmetric, format.activations)
 
-    def weights(self) -> dict[str, Any]:
-        """The `weights` entry of a config group."""
+    @property
+    def file_format(self) -> str:
+        """What compressed-tensors calls it."""
+        return FORMAT_A8 if self.activations else FORMAT
+
+    def entries(self) -> dict[str, Any]:
+        """What a config group says of it."""
         strategy = {"strategy": "channel"} if self.group is None else {"strategy": "group", "group_size": self.group}
-        return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **strategy}
+        weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **strategy}
+        return {"weights": weights, **({"input_activations": dict(ACTIVATIONS)} if self.activations else {})}
 
     def regroup(self, weight: QuantizedWeight, format: IntFormat, K: int) -> QuantizedWeight:
         """`weight`, a [N, K] in `format`, with scales and zero points repeated for the groups of this scheme."""
@@ -63,6 +73,8 @@ class Scheme:
     def shapes(self, N: int, K: int) -> dict[str, tuple[int, ...]]:
         """The shape of each stored tensor of a weight [N, K]."""
         G = 1 if self.group is None else K // self.group
+        if self.activations:
+            return {"weight": (N, K), "weight_scale": (N, 1)}
         shapes: dict[str, tuple[int, ...]] = {
             "weight_packed": (N, -(-K * self.bits // 32)),
             "weight_scale": (N, G),
@@ -72,9 +84,17 @@ class Scheme:
             shapes["weight_zero_point"] = (-(-N * self.bits // 32), G)
         return shapes
 
+    def tensors(self, weight: QuantizedWeight, N: int, K: int) -> dict[str, Tensor]:
+        """What is stored of `weight`, a [N, K] whose groups are those of this scheme."""
+        if self.activations:
+            return {"weight": to_int8(weight.packed, K), "weight_scale": weight.scale}
+        parts = {"weight_packed": weight.packed, "weight_scale": weight.scale, "weight_shape": torch.tensor((N, K))}
+        return parts if weight.zero_point is None else {**parts, "weight_zero_point": weight.zero_point}
+
     def __str__(self) -> str:
         group = "per channel" if self.group is None else f"groups of {self.group}"
-        return f"int{self.bits}, {group}, {'symmetric' if self.symmetric else 'asymmetric'}"
+        activations = ", int8 activations" if self.activations else ""
+        return f"int{self.bits}, {group}, {'symmetric' if self.symmetric else 'asymmetric'}{activations}"
 
 
 def build_config(
@@ -100,12 +120,18 @@ def build_config(
         groups.append((["Linear"], ranked[0]))
     if not groups:
         return None
+    formats = {scheme.file_format for _, scheme in groups}
+    mixed = len(formats) > 1
     config: dict[str, Any] = {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": MIXED if mixed else groups[0][1].file_format,
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": {"targets": targets, "weights": scheme.weights()}
+            f"group_{i}": {
+                "targets": targets,
+                **scheme.entries(),
+                **({"format": scheme.file_format} if mixed else {}),
+            }
             for i, (targets, scheme) in enumerate(groups)
         },
         "ignore": sorted(_target(name, prefix) for name in dense),
@@ -189,11 +215,12 @@ def _check_types(config: Mapping[str, Any]) -> None:
         where = f"config_groups.{key}"
         expect(isinstance(group, Mapping), where, group, "a table")
         patterns(f"{where}.targets", group.get("targets"))
-        weights = group.get("weights") or {}
-        expect(isinstance(weights, Mapping), f"{where}.weights", weights, "a table")
-        for name, kind in (("num_bits", int), ("symmetric", bool), ("strategy", str), ("type", str)):
-            value = weights.get(name)
-            expect(value is None or type(value) is kind, f"{where}.weights.{name}", value, f"of type {kind.__name__}")
+        for part in ("weights", "input_activations"):
+            table = group.get(part) or {}
+            expect(isinstance(table, Mapping), f"{where}.{part}", table, "a table")
+            for name, kind in (("num_bits", int), ("symmetric", bool), ("strategy", str), ("type", str)):
+                value, what = table.get(name), f"of type {kind.__name__}"
+                expect(value is None or type(value) is kind, f"{where}.{part}.{name}", value, what)
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
@@ -201,7 +228,7 @@ def _refuse(config: Mapping[str, Any]) -> None:
     found = [
         what
         for bad, what in (
-            (config.get("format", FORMAT) != FORMAT, f"format {config.get('format')!r}"),
+            (config.get("format", FORMAT) not in (FORMAT, FORMAT_A8, MIXED), f"format {config.get('format')!r}"),
             ((config.get("sparsity_config") or {}).get("format", "dense") != "dense", "a sparsity_config"),
             (config.get("kv_cache_scheme") is not None, "a quantized KV cache (kv_cache_scheme)"),
             (bool(config.get("transform_config")), "transforms (transform_config)"),
@@ -211,23 +238,31 @@ def _refuse(config: Mapping[str, Any]) -> None:
     ]
     if found:
         raise CheckpointError(
-            f"compressed-tensors checkpoint with {' and '.join(found)}: only {FORMAT!r} weights (4 or 8 bits, by "
-            "group or channel) are read; load it with transformers, which needs the compressed-tensors package"
+            f"compressed-tensors checkpoint with {' and '.join(found)}: only {FORMAT!r} (weights of 4 or 8 bits, by "
+            f"group or channel) and {FORMAT_A8!r} (weights and activations of 8 bits) are read; load it with "
+            "transformers, which needs the compressed-tensors package"
         )
 
 
 def _read_scheme(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
-    weights = group.get("weights") or {}
+    weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
     bits: Any = weights.get("num_bits")
     strategy, size = weights.get("strategy"), weights.get("group_size")
     strategy = strategy or ("group" if isinstance(size, int) and size > 0 else "channel")
-    activations = [k for k in ("input_activations", "output_activations") if group.get(k)]
+    symmetric = bool(weights.get("symmetric", True))
+    whole = config.get("format", FORMAT)
+    file_format = group.get("format") or (whole if whole != MIXED else FORMAT_A8 if activations else FORMAT)
+    a8 = file_format == FORMAT_A8
+    rounding = {"type": "int", "symmetric": True, **{k: v for k, v in activations.items() if k in ACTIVATIONS}}
     found = [
         what
         for bad, what in (
             (not weights, "no weights"),
-            (bool(activations), f"quantized activations ({', '.join(activations)})"),
-            (group.get("format") not in (None, FORMAT), f"format {group.get('format')!r}"),
+            (bool(group.get("output_activations")), "quantized activations (output_activations)"),
+            (bool(activations) and not a8, "quantized activations (input_activations) of packed weights"),
+            (a8 and rounding != ACTIVATIONS, f"input_activations {rounding}"),
+            (a8 and (bits, strategy, symmetric) != (8, "channel", True), f"{FORMAT_A8} weights of another kind"),
+            (file_format not in (FORMAT, FORMAT_A8), f"format {file_format!r}"),
             (weights.get("type", "int") != "int", f"type {weights.get('type')!r}"),
             (bits not in (4, 8), f"num_bits {bits!r}"),
             (strategy not in ("group", "channel"), f"strategy {strategy!r}"),
@@ -243,6 +278,7 @@ def _read_scheme(name: str, group: Mapping[str, Any], config: Mapping[str, Any])
     if found:
         raise CheckpointError(
             f"config_groups.{name} has {' and '.join(found)}: only integer weights of 4 or 8 bits, by group or "
-            "channel, in their original order are read; load it with transformers, or quantize the dense checkpoint"
+            "channel, in their original order are read, and symmetric ones of 8 bits by channel with activations of 8 "
+            "bits, dynamic, by token; load it with transformers, or quantize the dense checkpoint"
         )
-    return Scheme(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))
+    return Scheme(bits, size if strategy == "group" else None, symmetric, "int8" if a8 else None)

@@ -94,10 +94,10 @@ class Storage:
                 f"the experts have several formats ({found}), but a compressed-tensors checkpoint holds one "
                 "for all of them; give every experts module the same format in weights={...}"
             )
-        if not all(f.symmetric for f in formats):
+        if not all(f.symmetric and not f.activations for f in formats):
             raise ValueError(
-                "experts with zero points cannot be stored: no reader of the format loads them; "
-                'use a symmetric format for them, such as "int4-g64"'
+                "experts with zero points or rounded activations cannot be stored: no reader of the format loads "
+                'them; use a symmetric, weight-only format for them, such as "int4-g64"'
             )
         schemes |= set() if self.experts_scheme is None else {self.experts_scheme}
         if len(schemes) > 1 and not all(s.symmetric for s in schemes):
@@ -146,18 +146,15 @@ def _take(state: dict[str, Tensor], name: str) -> QuantizedWeight:
     return QuantizedWeight(packed, scale, state.pop(f"{name}.weight_zero_point", None))
 
 
-def _put(state: dict[str, Tensor], name: str, weight: QuantizedWeight, shape: tuple[int, int]) -> None:
-    state[f"{name}.weight_packed"], state[f"{name}.weight_scale"] = weight.packed, weight.scale
-    state[f"{name}.weight_shape"] = torch.tensor(shape)
-    if weight.zero_point is not None:
-        state[f"{name}.weight_zero_point"] = weight.zero_point
+def _put(state: dict[str, Tensor], name: str, parts: dict[str, Tensor]) -> None:
+    state.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
 
 
 def _store(state: dict[str, Tensor], name: str, layer: QuantLinear, scheme: Scheme | None) -> None:
     """Rewrite the entries of a layer in `state` as `scheme` has them; dense if it is None."""
     weight = _take(state, name)
     if scheme is not None:
-        _put(state, name, scheme.regroup(weight, layer.format, layer.in_features), layer.shape)
+        _put(state, name, scheme.tensors(scheme.regroup(weight, layer.format, layer.in_features), *layer.shape))
         return
     dense = dequantize(weight, layer.format, layer.shape, weight.scale.dtype)
     state[f"{name}.weight"] = dense.t().contiguous() if layer.transposed else dense
@@ -184,7 +181,7 @@ def _store_experts(
             for part, pattern in enumerate(patterns):
                 here = slice(part * rows, (part + 1) * rows)
                 half = QuantizedWeight(weight.packed[here].clone(), weight.scale[here].clone())
-                _put(state, pattern.replace("*", str(i)), half, (rows, K))
+                _put(state, pattern.replace("*", str(i)), scheme.tensors(half, rows, K))
         if dense:
             state[f"{name}.{target}"] = torch.stack(dense)
         if module.shell.has_bias:

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import IntFormat, QuantizedWeight
+from ..formats import IntFormat, QuantizedWeight, from_int8
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import agrees, up_name
 from ..quantizers import quantize
 from .compressed_tensors import CheckpointError, Scheme
 
-PACKED = {"weight_packed": torch.int32, "weight_zero_point": torch.int32, "weight_shape": torch.int64}
+PACKED = {
+    "weight": torch.int8,
+    "weight_packed": torch.int32,
+    "weight_zero_point": torch.int32,
+    "weight_shape": torch.int64,
+}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -44,7 +49,7 @@ class Slot(nn.Module):
         self.quantized: list[QuantLinear] = []  # a list hides it from `modules()`
         if scheme is not None:
             for part, size in scheme.shapes(*shape).items():
-                self.register_parameter(part, _empty(size, PACKED.get(part, dtype)))
+                self._parameters[part] = _empty(size, PACKED.get(part, dtype))
         elif dense is not None:
             self._parameters["weight"] = _empty(shape[::-1] if transposed else shape, dtype)
         self.bias = _empty(shape[:1], dtype) if bias else None
@@ -75,12 +80,15 @@ class Slot(nn.Module):
         for part, tensor in parts.items():
             if tensor is None or tensor.is_meta:
                 raise CheckpointError(f"{name}.{part} is missing from the checkpoint: it is incomplete")
-        scale, packed, zero = parts["weight_scale"], parts["weight_packed"].detach(), parts.get("weight_zero_point")
+        scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
         bad = scale.numel() - int(scale.isfinite().sum())
         if bad:
             raise CheckpointError(
                 f"{name}.weight_scale has {bad} values that are NaN or infinite: the file is damaged"
             )
+        if self.scheme.activations:
+            return QuantizedWeight(from_int8(parts["weight"].detach()), scale.detach().to(self.dtype))
+        packed = parts["weight_packed"].detach()
         if packed.device.type == "cpu":
             packed = packed.clone()  # it may be a view of the file, and layers permute their weight in place
         return QuantizedWeight(packed, scale.detach().to(self.dtype), None if zero is None else zero.detach())
@@ -119,7 +127,7 @@ def coalesce(weight: QuantizedWeight, scheme: Scheme, K: int, name: str) -> tupl
     """
     stored = scheme.group
     if stored is None or stored % 32 == 0:
-        return weight, IntFormat(scheme.bits, stored, scheme.symmetric)
+        return weight, IntFormat(scheme.bits, stored, scheme.symmetric, scheme.activations)
     tensors = [t for t in (weight.scale, weight.zero_point) if t is not None]
     for group in (g for g in range(256, 31, -32) if g % stored == 0):
         first = torch.arange(K // stored) // (group // stored) * (group // stored)
@@ -203,7 +211,7 @@ class ExpertSlots(nn.Module):
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*taken, strict=True)]
         _, N, K = self.shapes[which]
         weight, format = coalesce(QuantizedWeight(*joined), self.scheme, K, name)
-        return QuantLinear(weight, (N, K), format)
+        return QuantLinear(weight, (N, K), format.weight_only)  # experts leave activations as they are
 
     def finish(self, name: str) -> QuantExperts:
         shell = copy.copy(self._shell[0])

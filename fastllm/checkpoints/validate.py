@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .quantizer import FastllmQuantizer
 
 DTYPES = {
+    "weight": ("I8",),
     "weight_packed": ("I32",),
     "weight_zero_point": ("I32",),
     "weight_shape": ("I64", "I32"),
@@ -32,7 +33,7 @@ def packed_experts(model: PreTrainedModel, name: str, headers: dict[str, Header]
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     prefix = model.base_model_prefix
     for key in headers:
-        if ".experts." in key and key.endswith(".weight_packed"):
+        if ".experts." in key and key.endswith(".weight_scale"):
             renamed, _ = rename_source_key(key, renamings, [])
             if any(
                 k.startswith(f"{name}.") for k in (renamed, f"{prefix}.{renamed}", renamed.removeprefix(f"{prefix}."))
@@ -97,7 +98,8 @@ def _check_complete(name: str, slot: nn.Module, found: dict[str, Header]) -> Non
             continue
         for part, p in module._parameters.items():
             if p is not None and f"{path}.{part}" not in found:
-                dense = " (a dense weight is there, so config.json is wrong)" if f"{path}.weight" in found else ""
+                other = f"{path}.weight" in found and not module.scheme.activations
+                dense = " (a dense weight is there, so config.json is wrong)" if other else ""
                 raise CheckpointError(f"{path}.{part} is missing from the checkpoint{dense}: it is incomplete")
 
 
