@@ -44,6 +44,12 @@ ROWS: dict[int, tuple[Row, ...]] = {
         Row(128, Config(128, 64, 1, 128, True, 8, 3), 2),
         Row(1 << 31, Config(128, 128, 1, 128, True, 8, 3), 1),
     ),
+    100: (
+        Row(16, Config(64, 16, 2, 128, False, 4, 3), 4),
+        Row(32, Config(64, 32, 2, 128, False, 4, 3), 3),
+        Row(64, Config(64, 64, 1, 128, False, 4, 3), 3),
+        Row(1 << 31, Config(128, 64, 1, 128, True, 8, 3), 2),  # sums of 128 rows do not fit beside small groups
+    ),
     80: (
         Row(16, Config(64, 16, 2, 32, False, 4, 3), 4),
         Row(32, Config(64, 32, 1, 32, False, 4, 4), 3),

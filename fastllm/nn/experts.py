@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import IntFormat
+from ..ops.experts import block_m, expert_matmul, plan_experts
 from ..quantizers import quantize
 from .linear import QuantLinear
+from .stack import Stack, can_stack, stack
 
 # project(expert, "up" or "down", x) -> x @ W.T (+ bias) of that expert
 Project = Callable[[int, str, Tensor], Tensor]
@@ -81,7 +83,11 @@ def agrees(experts: Any) -> bool:
 
 
 class QuantExperts(nn.Module):
-    """Experts whose weights stay packed: one `QuantLinear` for each expert and projection; a loop over those hit."""
+    """Experts whose weights stay packed: one `QuantLinear` for each expert and projection.
+
+    On a GPU one launch multiplies by all experts of a projection, and their weights are views of one tensor.
+    Elsewhere, and where gradients are wanted, a loop goes over the experts that are hit.
+    """
 
     def __init__(self, up: list[QuantLinear], down: list[QuantLinear], shell: Any):
         """shell: the original module, for its gate, activation and settings; its parameters are left behind."""
@@ -91,6 +97,7 @@ class QuantExperts(nn.Module):
         self.shell = copy.copy(shell)
         self.shell._parameters = {}
         self.shell._modules = dict(shell._modules)
+        self._stacks: dict[str, Stack] = {}
 
     def layers(self) -> list[QuantLinear]:
         """All of them, both projections."""
@@ -119,7 +126,46 @@ class QuantExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index and top_k_weights [T, top_k] -> [T, H]."""
 
+        if hidden_states.is_cuda and not (torch.is_grad_enabled() and hidden_states.requires_grad):
+            up, down = self._stack("up"), self._stack("down")
+            if up and down:
+                return self._grouped(up, down, hidden_states, top_k_index, top_k_weights)
+
         def project(expert: int, which: str, x: Tensor) -> Tensor:
             return getattr(self, which)[expert](x)
 
         return mix(self.shell, project, self.num_experts, hidden_states, top_k_index, top_k_weights)
+
+    def _stack(self, which: str) -> Stack | None:
+        """The weights of a projection in one tensor, made on first use; None if one kernel cannot read them all."""
+        layers = [layer for layer in getattr(self, which) if isinstance(layer, QuantLinear)]
+        found = self._stacks.get(which)
+        if found is None or not found.holds(layers):
+            if not can_stack(layers) or len(layers) != self.num_experts:
+                return None
+            found = self._stacks[which] = stack(layers)
+        return found
+
+    def _grouped(self, up: Stack, down: Stack, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """As `mix`: the rows of each expert together, in tiles that are found on the device."""
+        T, top_k = index.shape
+        BLOCK_M = block_m(T * top_k // self.num_experts, hidden.device)
+        slots, tiles = plan_experts(index.reshape(-1), self.num_experts, BLOCK_M)
+
+        def project(stacked: Stack, layer: Any, x: Tensor, per_token: int) -> Tensor:
+            N, bits, group = layer.out_features, layer.format.bits, layer.format.group or layer.in_features
+            w, scale, zero, bias, _ = stacked
+            return expert_matmul(x, slots, tiles, w, scale, zero, bias, N, bits, group, per_token)
+
+        inner = project(up, self.up[0], hidden, top_k)
+        inner = self.shell._apply_gate(inner) if self.shell.has_gate else self.shell.act_fn(inner)
+        y = project(down, self.down[0], inner, 1).view(T, top_k, -1) * weights[..., None]
+        # rows of slots without an expert have any content
+        return torch.where((index < self.num_experts)[..., None], y, 0).sum(1).to(hidden.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantExperts":
+        self._stacks.clear()  # or it would keep the memory that the weights leave
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stacks": {}}  # copies have weights of their own
