@@ -127,7 +127,7 @@ def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
 
     `inverse` is 2**13 over the largest power of two in the row, read off the exponent bits, so multiplying is exact.
     """
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True, dtype=torch.float32).clamp_(min=1e-30)
+    largest = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30)  # vector_norm takes ten times as long
     inverse = (EXPONENT_OF_2_13 - (largest.view(torch.int32) & EXPONENT_BITS)).view(torch.float32)
     inverse.masked_fill_(largest.isfinite().logical_not_(), float("nan"))  # such a row stays NaN
     fixed = torch.mul(x, inverse).add_(256 * 128 + 128 + 0.5).to(torch.int32)
