@@ -65,6 +65,8 @@ class Shape:
         self.gpu = Cuda() if device == "cuda" else None
         self.dense = problem.w.float()
         for provider in asked:
+            if provider.bits not in (None, format.bits):
+                continue
             name = provider.name
             reasons = provider.reasons(format, N, K, dtype, device)
             try:

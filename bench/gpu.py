@@ -58,7 +58,7 @@ def stages(out: Path, minutes: float) -> list[Stage]:
         Stage("int4 against cuBLAS", int4, 150 * scale),
         Stage("int8 against cuBLAS", [*int8, "--append"], 40 * scale),
         Stage("experts", [python, "bench/experts.py", "--out", str(out)], 30 * scale),
-        Stage("other libraries", [*others, "--append"], 80 * scale),
+        Stage("other libraries", [*others, "--append"], 80 * scale, more=True),
         Stage("tests marked gpu", [*pytest, "-m", "gpu", "tests"], 50 * scale),
         Stage(
             "tuning",
@@ -128,7 +128,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as target:
         todo = ([install(args.wheels.resolve(), target)] if args.wheels else []) + stages(out, args.minutes)
         left = 60 * args.minutes - (time.perf_counter() - start)
-        results = run_all(todo, left, log, environment(target))
+        # only where they are compared with: transformers imports some of them as soon as it can
+        results = run_all(todo, left, log, environment(None), environment(target))
     text = told(results, out)
     (out / "gpu.md").write_text(f"```\n{facts}\n```\n\n{text}\n", encoding="utf-8")
     print("\n" + text, flush=True)

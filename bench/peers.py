@@ -34,7 +34,12 @@ def not_cuda(device: str) -> tuple[bool, str]:
 class Tinygemm(Provider):
     """torch.ops.aten._weight_int4pack_mm: int4 in groups, bfloat16, w = (q - 8) * scale + zero."""
 
-    name, peer, most_rows = "torch tinygemm", True, 512  # at 1024 rows it takes twenty times as long as cuBLAS
+    name, bits, peer, most_rows = (
+        "torch tinygemm",
+        4,
+        True,
+        512,
+    )  # at 1024 rows it takes twenty times as long as cuBLAS
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
         return first(

@@ -71,9 +71,10 @@ class Operands(NamedTuple):
 
 
 class Provider(ABC):
-    """Stateless. `most_rows`: more rows than that are not worth the time."""
+    """Stateless. `bits`: of the weights that it is for. `most_rows`: more rows than that are not worth the time."""
 
     name: str
+    bits: int | None = None
     peer = False  # another library's
     most_rows = FOREVER
 
@@ -127,8 +128,10 @@ class Dense(Provider):
 class Packed(Provider):
     """A layout of fastllm; without one, the layout that fastllm chooses, which is what a user gets."""
 
-    def __init__(self, name: str, layout: Layout | None = None, most_rows: int = FOREVER) -> None:
-        self.name, self.layout, self.most_rows = name, layout, most_rows
+    def __init__(
+        self, name: str, layout: Layout | None = None, bits: int | None = None, most_rows: int = FOREVER
+    ) -> None:
+        self.name, self.layout, self.bits, self.most_rows = name, layout, bits, most_rows
 
     def layout_for(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> Layout:
         return self.layout or choose_layout(format, N, K, dtype, torch.device(device))[0]
@@ -208,17 +211,17 @@ def own(device: str) -> list[Provider]:
     if device == "cpu":
         return [
             Packed("fastllm"),
-            Packed("int4pack", variant(Int4Pack, direct_rows=FOREVER), most_rows=128),
-            Packed("int4pack, dequantised", variant(Int4Pack, direct_rows=0)),
-            Packed("int8pack", variant(Int8Rows, direct_rows=FOREVER), most_rows=128),
-            Packed("int8, cast", variant(Int8Rows, direct_rows=0)),
-            Packed("oneDNN digits", variant(Int8Blocks, smallest=0)),
+            Packed("int4pack", variant(Int4Pack, direct_rows=FOREVER), 4, most_rows=128),
+            Packed("int4pack, dequantised", variant(Int4Pack, direct_rows=0), 4),
+            Packed("int8pack", variant(Int8Rows, direct_rows=FOREVER), 8, most_rows=128),
+            Packed("int8, cast", variant(Int8Rows, direct_rows=0), 8),
+            Packed("oneDNN digits", variant(Int8Blocks, smallest=0), 8),
         ]
     return [
         Packed("fastllm"),
         Kernel("fused kernel", fused=True),
         Kernel("dequantise + cuBLAS", fused=False),
-        Int8Activations("fastllm w8a8"),
+        Int8Activations("fastllm w8a8", bits=8),
     ]
 
 

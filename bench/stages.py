@@ -13,11 +13,15 @@ LEAST = 8.0  # seconds below which a stage is not begun
 
 
 class Stage(NamedTuple):
-    """seconds: its share of the time; None: whatever is left when its turn comes. The command may name {seconds}."""
+    """seconds: its share of the time; None: whatever is left when its turn comes. The command may name {seconds}.
+
+    more: whether it gets the other environment, see `run_all`.
+    """
 
     name: str
     command: Sequence[str]
     seconds: float | None
+    more: bool = False
 
 
 class Result(NamedTuple):
@@ -66,13 +70,17 @@ def run_all(
     seconds: float,
     log: Path,
     env: dict[str, str],
+    more: dict[str, str],
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Result]:
-    """Every stage in turn within `seconds`. What an early one leaves over goes to those without a share."""
+    """Every stage in turn within `seconds`. What an early one leaves over goes to those without a share.
+
+    env, more: the environments, the latter for stages that ask for it.
+    """
     start, found = clock(), []
     with log.open("a+b") as file:
         for stage in stages:
-            result = run(stage, seconds - (clock() - start), file, env, clock)
+            result = run(stage, seconds - (clock() - start), file, more if stage.more else env, clock)
             print(f"{result.name}: {result.state}, {result.seconds:.0f} s", flush=True)
             found.append(result)
     return found
