@@ -57,7 +57,7 @@ def dequantize(
         return y.copy_(dequantize(w, scale, zero, bits, group, K, torch.float32))
     w, stride_z, GROUP = check_operands(w, scale, zero, bits, group, K)
     with torch.cuda.device_of(w):
-        _dequantize[triton.cdiv(N, 32), triton.cdiv(K, 128)](
+        _dequantize[-(-N // 32), -(-K // 128)](
             w, scale, zero, y,
             N, K,
             w.stride(0), *scale.stride(), *stride_z, y.stride(0),

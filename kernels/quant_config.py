@@ -1,6 +1,7 @@
 """Which tile `quant_matmul` uses for a problem. A pure function over a few rows, so that nothing is tuned while a user
 waits; `bench/tune_quant_matmul.py` looks for better rows."""
 
+from functools import cache
 from typing import NamedTuple
 
 BLOCK = 128  # values of K: what a step is a multiple of
@@ -67,6 +68,7 @@ def rows_of(capability: int) -> tuple[Row, ...]:
     return ROWS[max((known for known in ROWS if known <= capability), default=min(ROWS))]
 
 
+@cache
 def config(
     M: int,
     N: int,

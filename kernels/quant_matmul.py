@@ -4,7 +4,9 @@ Weights are planar: a row is cut into blocks of 128 values. 4 bits: 32 int16 hal
 j hold value 32p + j. 8 bits: twice 32 halves, whose two bytes hold values j and 32 + j of 64. See unpack.py.
 """
 
+from functools import cache
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -192,23 +194,34 @@ def _launch(
     """With experts: operands of all of them, one below the other, and M is the number of slots."""
     (M, N), K = y.shape, x.shape[1]
     w, stride_z, GROUP = check_operands(w, scale, zero, bits, group, K)
-    tiles = triton.cdiv(N, tile.BLOCK_N) * (triton.cdiv(M, tile.BLOCK_M) if experts is None else len(experts))
-    steps = triton.cdiv(triton.cdiv(K, 128 * tile.BLOCKS), tile.SPLIT_K)
-    even = K == steps * tile.SPLIT_K * tile.BLOCKS * 128
+    tiles, steps, constants = _constants(M, N, K, bits, GROUP, tile)
+    partial = tickets = None
+    if experts is not None:
+        tiles = -(-N // tile.BLOCK_N) * len(experts)
+    elif tile.SPLIT_K > 1:
+        partial = x.new_empty(tile.SPLIT_K, M, N, dtype=torch.float32)
+        tickets = take_tickets(tiles, x.device)
     if interpreted(_quant_matmul):
         steps = tl.constexpr(steps)  # NumPy 2.4 refuses a tensor as a loop's bound
-    split = tile.SPLIT_K > 1
-    span = gcd(GROUP, 128)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
         _quant_matmul[tiles, tile.SPLIT_K](
-            x, w, scale, zero, bias, y,
-            x.new_empty(tile.SPLIT_K, M, N, dtype=torch.float32) if split else None,
-            take_tickets(tiles, x.device) if split else None,
-            slots, experts,
+            x, w, scale, zero, bias, y, partial, tickets, slots, experts,
             M, N, K, steps, per_token,
             x.stride(0), w.stride(0), *scale.stride(), *stride_z,
-            BITS=bits, GROUP=GROUP, SPAN=span, RUN=min(span, tile.RUN),
-            BLOCK_N=tile.BLOCK_N, BLOCK_M=tile.BLOCK_M, BLOCKS=tile.BLOCKS, SPLIT_K=tile.SPLIT_K,
-            PRESCALE=tile.PRESCALE, EVEN=even, PTX=uses_ptx(x),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **constants, PTX=uses_ptx(x),
         )  # fmt: skip
+
+
+@cache
+def _constants(M: int, N: int, K: int, bits: int, GROUP: int, tile: Config) -> tuple[int, int, dict[str, Any]]:
+    """Tiles, steps of a program, and what the kernel is compiled for. Cached: it would double the cost of a launch."""
+    steps = -(-K // (128 * tile.BLOCKS * tile.SPLIT_K))
+    span = gcd(GROUP, 128)
+    constants = tile._asdict() | {
+        "BITS": bits,
+        "GROUP": GROUP,
+        "SPAN": span,
+        "RUN": min(span, tile.RUN),
+        "EVEN": K == steps * tile.SPLIT_K * tile.BLOCKS * 128,
+    }
+    return -(-N // tile.BLOCK_N) * -(-M // tile.BLOCK_M), steps, constants
