@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from measure import cold_bytes, copies, measure, ready
-from providers import Dense, Kernel, Problem, fresh_tickets
+from providers import CHUNKS, FUSED, WHOLE, Dense, Kernel, Problem, fresh_tickets
 
 from fastllm.formats import IntFormat
 
@@ -19,7 +19,7 @@ def crossover(format: IntFormat, shapes: Sequence[tuple[int, int]], gpu: Any, un
     found = []
     for N, K in shapes:
         problem = Problem(format, N, K, torch.bfloat16, "cuda")
-        kinds = [Dense(torch.bfloat16), Kernel("fused kernel", True), Kernel("dequantise + cuBLAS", False)]
+        kinds = [Dense(torch.bfloat16), *(Kernel(name) for name in (FUSED, WHOLE, CHUNKS))]
         made = {kind.name: kind.prepare(problem) for kind in kinds}
         states = {n: [o.make() for _ in range(copies(o.bytes, cold_bytes("cuda")))] for n, o in made.items()}
         for M in CROSSOVER:
@@ -40,7 +40,7 @@ def from_which(rows: Sequence[dict[str, Any]], N: int, K: int) -> int | None:
     mine = sorted((row for row in rows if (row["N"], row["K"]) == (N, K)), key=lambda row: -row["M"])
     found = None
     for row in mine:
-        if row["seconds"]["dequantise + cuBLAS"] >= row["seconds"]["fused kernel"]:
+        if min(row["seconds"][WHOLE], row["seconds"][CHUNKS]) >= row["seconds"][FUSED]:
             break
         found = row["M"]
     return found

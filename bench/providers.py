@@ -23,6 +23,7 @@ from fastllm.ops.layout import Layout
 from fastllm.quantizers import quantize
 
 FOREVER = 1 << 30
+FUSED, WHOLE, CHUNKS = "fused kernel", "dequantise + cuBLAS", "dequantise + cuBLAS by chunks"
 # Relative Frobenius errors. EXACT: 16-bit operands, result and weights rounded once more, against the same weight.
 EXACT, ROUNDED = 6e-3, 2e-2
 # What rounding normal weights to 4 or 8 bits may cost, where only the dense weight is known.
@@ -155,10 +156,11 @@ class Packed(Provider):
 
 
 class Kernel(Provider):
-    """The Triton kernels by themselves: fused, or `dequantize` and the library's product. Two sides of a switch."""
+    """The Triton kernels by themselves: fused, or the weight made dense, whole or in chunks that stay in the L2 cache,
+    and the library's product. The sides of the switch in fastllm/ops/gpu.py."""
 
-    def __init__(self, name: str, fused: bool) -> None:
-        self.name, self.fused = name, fused
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
         return LAYOUTS["planar"].reasons(format, N, K, dtype, torch.device(device))
@@ -177,7 +179,10 @@ class Kernel(Provider):
         def dequantised(p: Any, x: Tensor) -> Tensor:
             return nn.functional.linear(x, dequantize(p.w, p.scale, p.zero, bits, group, K, x.dtype))
 
-        return planar._replace(run=fused if self.fused else dequantised)
+        def by_chunks(p: Any, x: Tensor) -> Tensor:
+            return Layout.matmul(LAYOUTS["planar"], x, p, problem.N, bits, group)
+
+        return planar._replace(run={FUSED: fused, WHOLE: dequantised, CHUNKS: by_chunks}[self.name])
 
 
 class Int8Activations(Packed):
@@ -219,8 +224,7 @@ def own(device: str) -> list[Provider]:
         ]
     return [
         Packed("fastllm"),
-        Kernel("fused kernel", fused=True),
-        Kernel("dequantise + cuBLAS", fused=False),
+        *(Kernel(name) for name in (FUSED, WHOLE, CHUNKS)),
         Int8Activations("fastllm w8a8", bits=8),
     ]
 

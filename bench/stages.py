@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 LEAST = 8.0  # seconds below which a stage is not begun
+ASKED = 6.0  # seconds to end after being asked to
 
 
 class Stage(NamedTuple):
@@ -39,7 +40,7 @@ def run(stage: Stage, left: float, log: BinaryIO, env: dict[str, str], clock: Ca
     """Run one stage for at most its share and at most `left` seconds; its output goes to `log` too."""
     allowed = left if stage.seconds is None else min(stage.seconds, left)
     if allowed < LEAST:
-        return Result(stage.name, f"not begun ({left:.0f} s were left)", 0.0, "")
+        return Result(stage.name, f"not begun ({allowed:.0f} s are too little)", 0.0, "")
     # what a stage may spend is a little less than what it is given, so that it can finish by itself
     command = [part.replace("{seconds}", f"{max(1.0, 0.8 * allowed - 5):.0f}") for part in stage.command]
     start = clock()
@@ -59,8 +60,11 @@ def run(stage: Stage, left: float, log: BinaryIO, env: dict[str, str], clock: Ca
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a stage and the processes that it started: they are a group of their own."""
-    with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
+    """End a stage and the processes that it started, a group of their own: first by asking, as pytest then reports."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):  # ended by itself; does not want to
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=ASKED)
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

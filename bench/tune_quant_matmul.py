@@ -223,6 +223,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     with torch.inference_mode(), ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pool.submit(time.sleep, 0)  # starts the processes, which take a while to import torch
         for format in formats:
             head["crossover"] += crossover(format, SHAPES[:2], gpu, start + 0.15 * args.budget)
             write(path, head, rows)
