@@ -52,17 +52,31 @@ def stages(out: Path, minutes: float) -> list[Stage]:
     alone = ["--peers", "none", "--only", "fastllm"]  # what it chooses; the tuner looks at the other candidates
     int4 = [*bench, "--formats", "int4-g128", "--shapes", SHAPES, "--rows", ROWS, *alone]
     int8 = [*bench, "--formats", "int8", "--shapes", MAIN, "--rows", "1,16,128,2048,4096", *alone]
-    others = [*bench, "--formats", "int4-g128,int8", "--shapes", MAIN, "--rows", "1,2,4,8,16,128", "--peers", "fast"]
+    # rows in this order: GemLite has tiles for 1, 8 and 16 rows of this shape in its table, and searches for others
+    others = [*bench, "--formats", "int4-g128,int8", "--shapes", "28672x4096", "--rows", "1,8,16,2", "--append"]
+    gemlite = [
+        *bench,
+        "--formats",
+        "int4-g128",
+        "--shapes",
+        MAIN,
+        "--rows",
+        "1,8,16,2",
+        "--only",
+        "gemlite",
+        "--append",
+    ]
     tuning = [python, "bench/tune_quant_matmul.py", "--formats", "int4-g128", "--rows", "16,64,128,32"]
     tuning += ["--budget", "{seconds}", "--out", str(out)]
     return [
-        Stage("kernel tests", [*pytest, *parallel, *tests()], 110 * scale),
-        Stage("whole models", [python, "bench/gpu_smoke.py"], 45 * scale),
-        Stage("int4 against cuBLAS", int4, 165 * scale),
+        Stage("kernel tests", [*pytest, *parallel, *tests()], 100 * scale),
+        Stage("whole models", [python, "bench/gpu_smoke.py"], 40 * scale),
+        Stage("int4 against cuBLAS", int4, 150 * scale),
         Stage("int8 against cuBLAS", [*int8, "--append"], 35 * scale),
         Stage("experts", [python, "bench/experts.py", "--out", str(out)], 30 * scale),
-        Stage("other libraries", [*others, "--append"], 80 * scale, more=True),
-        Stage("tests marked gpu", [*pytest, "-m", "gpu", "tests"], 45 * scale),
+        Stage("other libraries", others, 70 * scale, more=True),
+        Stage("tests marked gpu", [*pytest, "-m", "gpu", "tests"], 40 * scale),
+        Stage("GemLite", gemlite, 60 * scale, more=True),
         Stage("tuning", tuning, None),
     ]
 

@@ -91,9 +91,7 @@ def verdicts(rows: Sequence[Row], head: dict[str, Any]) -> list[Verdict]:
 
     share = least(bandwidth(row, ceilings) for row in one)
     int8 = least(bandwidth(row, ceilings) for row in pick(rows, "int8", MAIN, [1]))
-    peer = [
-        least(ratio(row, "fastllm", "GemLite") for row in pick(rows, FORMAT, MAIN, Ms)) for Ms in ([1], range(2, 17))
-    ]
+    peer = [least(ratio(row, "fastllm", "GemLite") for row in pick(rows, FORMAT, M=Ms)) for Ms in ([1], range(2, 17))]
     w8a8 = least(ratio(row, "fastllm w8a8") for row in pick(rows, "int8", MAIN) if row["M"] >= 2048)
     dense = rows[0].get("baseline", "bf16") if rows else "bf16"
     return [
@@ -106,7 +104,7 @@ def verdicts(rows: Sequence[Row], head: dict[str, Any]) -> list[Verdict]:
         Verdict("M>=1024, over cuBLAS, the worst", 0.85, least(map(ratio, large))),
         Verdict("the same, stretch", 0.92, least(map(ratio, large))),
         Verdict("any shape and M, over cuBLAS, the worst", 0.8, least(map(ratio, pick(rows, FORMAT)))),
-        Verdict("M=1, over GemLite", 1.4, peer[0]),
+        Verdict("M=1, over GemLite, the worst shape", 1.4, peer[0]),
         Verdict("M=2..16, over GemLite, the worst", 2.0, peer[1]),
         Verdict("int8 8192 x 8192, M=1: share of the measured bandwidth", 0.8, int8, unit="share"),
         Verdict("W8A8, M>=2048, over cuBLAS, activations quantized, the worst", 1.4, w8a8),

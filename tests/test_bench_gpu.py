@@ -138,13 +138,13 @@ def test_gpu_refuses_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_stages_fit_their_time_and_name_files_that_exist(tmp_path: Path) -> None:
     found = gpu.stages(tmp_path, 9)
-    assert 300 < sum(stage.seconds or 0 for stage in found) <= 520 and found[-1].seconds is None
-    assert sum(stage.seconds or 0 for stage in gpu.stages(tmp_path, 4.5)) <= 260
+    assert 300 < sum(stage.seconds or 0 for stage in found) <= 530 and found[-1].seconds is None
+    assert sum(stage.seconds or 0 for stage in gpu.stages(tmp_path, 4.5)) <= 265
     named = [part for stage in found for part in stage.command if part.endswith(".py")]
     assert len(named) > 6 and all((ROOT / part).exists() for part in named)
     assert "tests/test_kernel_quant_matmul.py" in gpu.tests() and len(set(gpu.tests())) == len(gpu.tests())
     assert gpu.environment("/x")["PYTHONPATH"].startswith(f"{ROOT}:/x")
-    assert [stage.name for stage in found if stage.more] == ["other libraries"]
+    assert [stage.name for stage in found if stage.more] == ["other libraries", "GemLite"]
 
 
 def test_the_end_of_the_output_fits(tmp_path: Path) -> None:
