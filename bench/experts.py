@@ -87,6 +87,8 @@ def compared(count: int, tokens: int, gpu: Any, device: str, dtype: torch.dtype,
     if not error <= ROUNDED:
         raise SystemExit(f"fastllm's experts and the loop differ: relative error {error:.1e}, allowed {ROUNDED:.0e}")
     own, looped = ([partial(pair[i], *given) for pair in copies] for i in (0, 1))
+    for call in (*own, *looped):
+        call()  # on first use the weights of all experts move into one tensor
     runners = {"loop": eager(looped), "fastllm": eager(own)}
     graph = ready(own, gpu) if gpu is not None else eager(own)
     if graph.mode == "graph":

@@ -134,7 +134,9 @@ def ready(rotation: Rotation, gpu: Any) -> Runner:
 
     What fails outside of a capture fails here.
     """
-    gpu.warm(lambda: [rotation[0]() for _ in range(3)])  # compiles, tunes
+    gpu.warm(
+        lambda: [call() for call in (rotation[0], *rotation)]
+    )  # compiles, tunes, and what copies do when first run
     least = math.ceil(CALLS / len(rotation))
     eager = in_turn(rotation, least)
     try:
