@@ -33,15 +33,18 @@ class Build(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What was built. `per_weight`: instructions of all lanes in the longest loop for one weight."""
+    """What was built. `per_weight`: instructions of all lanes in the longest loop for one weight.
+
+    A change of a tensor's layout that costs something shows as stores to shared memory, or as shuffles, in the loop.
+    """
 
     shared: int
     registers: int
     stack: int
     tensor_cores: str
     weights_in_registers: bool
-    conversions: int
     stores_in_loop: int
+    shuffles_in_loop: int
     narrow_offsets: int
     per_weight: float
 
@@ -91,6 +94,7 @@ def signature(build: Build, names: list[str]) -> tuple[dict[str, str], dict[str,
 
 def compile_one(build: Build, scratch: Path) -> Stats:
     import triton
+    from bad_kernel import _bad_matmul
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -98,7 +102,8 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     from fastllm.kernels.quant_config import Config
     from fastllm.kernels.quant_matmul import _quant_matmul
 
-    kernel = {"_dequantize": _dequantize, "_quant_matmul": _quant_matmul}[build.kernel]
+    kernels = {"_dequantize": _dequantize, "_quant_matmul": _quant_matmul, "_bad_matmul": _bad_matmul}
+    kernel = kernels[build.kernel]
     names = kernel.arg_names
     types, constants, divided = signature(build, names)
     source = ASTSource(
@@ -118,7 +123,6 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ttgir, ptx, loop = built.asm["ttgir"], built.asm["ptx"], longest_loop(dump)
-    body = ttgir[ttgir.find("scf.for") : ttgir.find("scf.yield")]
     found = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
     return Stats(
         shared=built.metadata.shared,
@@ -126,8 +130,8 @@ def compile_one(build: Build, scratch: Path) -> Stats:
         stack=int(re.findall(r"STACK:(\d+)", dump)[-1]) + int(re.findall(r"LOCAL:(\d+)", dump)[-1]),
         tensor_cores=found[0] if found else "",
         weights_in_registers=all("dot_op" in line for line in re.findall(r".*warp_group_dot %.*", ttgir)),
-        conversions=len(re.findall(r"convert_layout %.*: tensor<\d+x\d+x", body)),
         stores_in_loop=sum(" STS" in line for line in loop),
+        shuffles_in_loop=sum(" SHFL" in line or " MOVM" in line for line in loop),
         narrow_offsets=len(re.findall(r"arith\.muli .*tensor<\w+xi32>", built.asm["ttir"])),
         per_weight=round(len(loop) * 32 * tile.num_warps / (128 * tile.BLOCKS * tile.BLOCK_N), 2),
     )
@@ -146,8 +150,8 @@ def amd_stats(built: Any) -> Stats:
         stack=value("vgpr_spill_count") * 4,
         tensor_cores="v_mfma" if "v_mfma" in code else "",
         weights_in_registers=True,
-        conversions=0,
         stores_in_loop=0,
+        shuffles_in_loop=0,
         narrow_offsets=len(re.findall(r"arith\.muli .*tensor<\w+xi32>", built.asm["ttir"])),
         per_weight=0.0,
     )

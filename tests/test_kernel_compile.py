@@ -25,7 +25,7 @@ def bytes_per_weight(build: Build) -> float:
 
 
 def complaints(build: Build, stats: Stats) -> list[str]:
-    product = build.kernel == "_quant_matmul" and build.dtype != "fp32" and build.kind != "odd"
+    product = build.kernel != "_dequantize" and build.dtype != "fp32" and build.kind != "odd"
     wgmma = product and build.target == 90
     decode = product and build.target in BALANCE and build.tile[1] == 16
     budget = round(BALANCE[build.target] * bytes_per_weight(build), 2) if decode else 0.0
@@ -33,8 +33,8 @@ def complaints(build: Build, stats: Stats) -> list[str]:
         "shared memory": (stats.shared, SHARED[build.target]),
         "bytes on the stack": (stats.stack, 0 if wgmma else SPILL),
         "products of rows and strides in 32 bits": (stats.narrow_offsets, 0),
-        "stores of weights to shared memory": (stats.stores_in_loop if wgmma else 0, 0),
-        "conversions of a tile's layout in the loop": (stats.conversions if wgmma else 0, 0),
+        "stores to shared memory in the loop": (stats.stores_in_loop if wgmma else 0, 0),
+        "shuffles between lanes in the loop": (stats.shuffles_in_loop if wgmma else 0, 0),
         "instructions per weight": (stats.per_weight if decode else 0, budget),
     }
     found = [f"{value} {what}, allowed {limit}" for what, (value, limit) in limits.items() if value > limit]
@@ -50,6 +50,7 @@ BAD = {
     "stack": Build("_quant_matmul", 90, "bf16", 4, 128, False, (128, 128, 1, 128, False, 4, 3, 1)),
     "instructions per weight": Build("_quant_matmul", 90, "bf16", 4, 128, False, (64, 16, 1, 128, False, 16, 3, 1)),
     "no wgmma": Build("_quant_matmul", 90, "bf16", 4, 128, False, (32, 16, 1, 128, False, 4, 3, 1)),
+    "stores to shared memory": Build("_bad_matmul", 90, "bf16", 4, 128, False, (64, 64, 1, 128, False, 4, 3, 1)),
 }
 
 
@@ -93,8 +94,8 @@ FAULTS: dict[str, Callable[[Stats], Stats]] = {
     "no wgmma": lambda s: s._replace(tensor_cores="mma.sync"),
     "no tensor cores": lambda s: s._replace(tensor_cores=""),
     "through shared memory": lambda s: s._replace(weights_in_registers=False),
-    "stores of weights": lambda s: s._replace(stores_in_loop=4),
-    "conversions of a tile": lambda s: s._replace(conversions=1),
+    "stores to shared": lambda s: s._replace(stores_in_loop=4),
+    "shuffles": lambda s: s._replace(shuffles_in_loop=1),
     "in 32 bits": lambda s: s._replace(narrow_offsets=1),
     "bytes on the stack": lambda s: s._replace(stack=8),
     "4.6 instructions per weight, allowed 4.59": lambda s: s._replace(per_weight=4.6),
