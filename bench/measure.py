@@ -134,9 +134,7 @@ def ready(rotation: Rotation, gpu: Any) -> Runner:
 
     What fails outside of a capture fails here.
     """
-    gpu.warm(
-        lambda: [call() for call in (rotation[0], *rotation)]
-    )  # compiles, tunes, and what copies do when first run
+    gpu.warm(in_turn([rotation[0], *rotation], 1))  # compiles, tunes, and whatever a copy does when it first runs
     least = math.ceil(CALLS / len(rotation))
     eager = in_turn(rotation, least)
     try:
