@@ -145,7 +145,8 @@ def ready(rotation: Rotation, gpu: Any) -> Runner:
             replay, times = gpu.capture(in_turn(rotation, wanted)), wanted
     except RuntimeError as error:
         gpu.synchronize()  # raises if the device itself is in error, which no later call would survive
-        return Runner(eager, least * len(rotation), "eager", f"no CUDA graph: {str(error).splitlines()[0]}")
+        why = str(error).partition("\n")[0]
+        return Runner(eager, least * len(rotation), "eager", f"no CUDA graph: {why}")
     return Runner(replay, times * len(rotation), "graph")
 
 
