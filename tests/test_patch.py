@@ -238,3 +238,13 @@ def test_on_a_gpu(family, weights, tmp_path):
     assert_equal(loaded.cuda().lm_head.at_rest().packed, model.lm_head.at_rest().packed)
     assert_equal(outputs(loaded), got)
     assert_equal(outputs(fastllm.restore(model)), logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_token_does_not_depend_on_the_batch(family):
+    model = build(family)
+    fastllm.optimize(model, "int8", batch_invariant=True, **QUIET)
+    for layer in linears(model).values():
+        x = torch.randn(20, layer.in_features).bfloat16()
+        assert layer.batch_invariant
+        assert_equal(torch.cat([layer(row) for row in x.split(1)]), layer(x))

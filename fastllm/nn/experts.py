@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import IntFormat
-from ..ops.experts import block_m, expert_matmul, plan_experts
+from ..ops.experts import INVARIANT, block_m, expert_matmul, plan_experts
 from ..quantizers import quantize
 from .linear import QuantLinear
 from .stack import Stack, can_stack, stack
@@ -149,7 +149,8 @@ class QuantExperts(nn.Module):
     def _grouped(self, up: Stack, down: Stack, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """As `mix`: the rows of each expert together, in tiles that are found on the device."""
         T, top_k = index.shape
-        BLOCK_M = block_m(T * top_k // self.num_experts, hidden.device)
+        rows = INVARIANT if self.up[0].batch_invariant else T * top_k // self.num_experts
+        BLOCK_M = block_m(rows, hidden.device)
         slots, tiles = plan_experts(index.reshape(-1), self.num_experts, BLOCK_M)
 
         def project(stacked: Stack, layer: Any, x: Tensor, per_token: int) -> Tensor:

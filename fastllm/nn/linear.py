@@ -26,6 +26,7 @@ class QuantLinear(nn.Module):
     _hf_quantized_needs_local_tp = True
 
     transposed = False  # whether the layer it replaces stores its weight as [in, out]
+    batch_invariant = False  # whether a row of y must have the same bits whatever the other rows of x are
     weight_scale: Tensor
     weight_packed: Tensor
     weight_zero_point: Tensor | None
@@ -167,6 +168,7 @@ class QuantLinear(nn.Module):
             self.format.bits,
             self.format.group or self.in_features,
             self.layout,
+            self.batch_invariant,
         )
 
     def extra_repr(self) -> str:

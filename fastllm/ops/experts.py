@@ -9,6 +9,8 @@ from torch.nn.functional import linear
 from .layout import Prepared
 from .quant_matmul import LAYOUTS, LIBRARY
 
+INVARIANT = 64  # rows of an expert to choose the tile for when results must not depend on how many there are
+
 LIBRARY.define("plan_experts(Tensor index, int count, int BLOCK_M) -> (Tensor, Tensor)")
 LIBRARY.define(
     "expert_matmul(Tensor x, Tensor slots, Tensor experts, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, "

@@ -41,6 +41,7 @@ def optimize(
     include: Patterns = "*",
     exclude: Patterns = (),
     min_coverage: float = 0.5,
+    batch_invariant: bool = False,
     keep: bool = True,
     prompt: Tensor | None = None,
     dry_run: bool = False,
@@ -60,6 +61,8 @@ def optimize(
                   read-only copy; the embedding stays as it is
     include, exclude: patterns of module names, matched as file names are; exclude wins
     min_coverage: raise CoverageError if fewer of the bytes read per token would be quantized
+    batch_invariant: the quantized layers give a token the same bits whatever else is in the batch; slower for many
+                  tokens on a GPU, and much slower on a CPU, which takes them one by one
     keep:         keep the original modules, where they are, so that `restore` is exact; False frees them at the end
                   (`fastllm.load` quantizes while it reads and never holds both)
     prompt:       token ids [1, T] for the accuracy check; by default 64 random ones
@@ -81,17 +84,19 @@ def optimize(
     report = Report(model, plan, keep)
     if dry_run:
         return report
-    _apply(model, report, method, probe(model, prompt), prompt is not None, quiet)
+    _apply(model, report, method, probe(model, prompt), prompt is not None, quiet, batch_invariant)
     return report
 
 
-def _apply(model: Any, report: Report, method: str | None, ids: Tensor, real: bool, quiet: bool) -> None:
+def _apply(
+    model: Any, report: Report, method: str | None, ids: Tensor, real: bool, quiet: bool, batch_invariant: bool
+) -> None:
     """Do what `report` plans, all of it or nothing, and complete the report."""
     before, patch, chosen = outputs(model, ids), Patch(report), report.plan.chosen
     with ExitStack() as on_failure:
         on_failure.callback(_undo, model, patch)
         for decision in track(chosen, "quantizing", [d.before for d in chosen], quiet):
-            _replace(model, decision, patch, method)
+            _replace(model, decision, patch, method, batch_invariant)
         patch.hook = SaveHook.attach(model)
         after = outputs(model, ids)
         if not bool(before.isnan().any()):
@@ -106,7 +111,7 @@ def _apply(model: Any, report: Report, method: str | None, ids: Tensor, real: bo
     model._fastllm = patch
 
 
-def _replace(model: Any, decision: Decision, patch: Patch, method: str | None) -> None:
+def _replace(model: Any, decision: Decision, patch: Patch, method: str | None, batch_invariant: bool) -> None:
     """Put the quantized module where the dense one is; the layer's name goes into any complaint."""
     original, format = model.get_submodule(decision.name), decision.format
     assert format is not None
@@ -117,6 +122,8 @@ def _replace(model: Any, decision: Decision, patch: Patch, method: str | None) -
         raise ValueError(f"{decision.name}: {error}; leave it out with exclude={decision.name!r}") from error
     new.train(original.training)
     layers = new.layers() if isinstance(new, QuantExperts) else [new]
+    for layer in layers:
+        layer.batch_invariant = batch_invariant
     dense = sum(p.numel() * p.element_size() for p in original.parameters())
     # measured, where the plan could only foresee: some layouts keep the scales in a form of their own
     decision.after = round(sum(layer.nbytes for layer in layers) * decision.before / dense)
