@@ -33,6 +33,23 @@ def _columns(p0, p1, p2, p3, p: tl.constexpr, RUN: tl.constexpr):
         return four.permute(0, 2, 3, 1).reshape(p0.shape[0], 128)
 
 
+@triton.jit
+def _arrive(part_ptrs, acc, mask, ticket):
+    """Store a part of the sums; return how many parts of the tile had been stored before."""
+    tl.store(part_ptrs, acc, mask=mask)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    return tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def _sum_parts(part_ptrs, size, mask, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """In the order of K, by whoever finishes last: the same bits at every run, and no memory to clear."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for split in range(0, SPLIT_K):
+        acc += tl.load(part_ptrs + split * size, mask=mask, other=0.0, cache_modifier=".cg")
+    return acc
+
+
 # Not specialised on the number of rows or of steps: a binary serves every prompt length.
 @triton.jit(do_not_specialize=["M", "steps", "per_token"])
 def _quant_matmul(
@@ -113,16 +130,10 @@ def _quant_matmul(
     if GROUP == 0:
         acc *= tl.load(scale_ptrs).to(tl.float32)[:, None]
     if SPLIT_K > 1:
-        # Partial sums are added in the order of K by whoever finishes last: the same bits at every run, and no memory
-        # to clear, for the ticket goes back to zero.
         part_ptrs, size = partial + offs_m[None, :] * N + offs_n[:, None], M.to(tl.int64) * N
-        tl.store(part_ptrs + pid_k * size, acc, mask=mask)
-        tl.debug_barrier()  # all threads have written before one of them says so
-        if tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu") < SPLIT_K - 1:
+        if _arrive(part_ptrs + pid_k * size, acc, mask, tickets + tile) < SPLIT_K - 1:
             return
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for split in range(0, SPLIT_K):
-            acc += tl.load(part_ptrs + split * size, mask=mask, other=0.0, cache_modifier=".cg")
+        acc = _sum_parts(part_ptrs, size, mask, SPLIT_K, BLOCK_N, BLOCK_M)
         tl.store(tickets + tile, 0)
     if bias is not None:
         acc += tl.load(bias + rows_n).to(tl.float32)[:, None]

@@ -1,41 +1,41 @@
 """Counters in device memory that are zero whenever no kernel runs: kernels that count with them leave them so."""
 
-import itertools
 from functools import cache
+from threading import Lock
 
 import torch
 
-SLAB = 1024  # counters for one launch
-SLABS = 1024
+SLAB = 1024  # counters for all launches of one stream
+CHUNK = 1 << 20  # counters: 4 MiB
 
 
 class Tickets:
-    """4 MiB of counters on one device, given out so that launches which may overlap never share any.
+    """Counters on one device, given out so that launches which may overlap never share any.
 
-    Launches of one stream follow each other and share a slab. What is captured into a CUDA graph gets a slab of its
+    Launches of one stream follow each other and share a slab. What is captured into a CUDA graph gets counters of its
     own for good: graphs may be replayed on any stream, at the same time.
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.memory: torch.Tensor | None = None
-        self.next = itertools.count()
-        self.of_stream: dict[int, int] = {}
+        self.lock = Lock()
+        self.free = torch.empty(0, dtype=torch.int32, device=device)
+        self.of_stream: dict[int, torch.Tensor] = {}
 
-    def take(self, stream: int, capturing: bool) -> torch.Tensor | None:
-        """[SLAB] zeros, or None if there are none to give."""
-        if self.memory is None:
-            if capturing:
-                return None  # a capture would record the clearing of the slabs, and not do it
-            self.memory = torch.zeros(SLABS, SLAB, dtype=torch.int32, device=self.device)
-        if not capturing and stream in self.of_stream:
-            return self.memory[self.of_stream[stream]]
-        slab = next(self.next)
-        if slab >= SLABS:
-            return None
-        if not capturing:
-            self.of_stream[stream] = slab
-        return self.memory[slab]
+    def take(self, tiles: int, stream: int, capturing: bool) -> torch.Tensor | None:
+        """At least `tiles` zeros, of SLAB at most; None if there are none to give."""
+        with self.lock:
+            if not capturing and len(self.free) < CHUNK // 2:
+                # ahead of need: a capture would record the clearing, and not do it
+                self.free = torch.zeros(CHUNK, dtype=torch.int32, device=self.free.device)
+            if not capturing and stream in self.of_stream:
+                return self.of_stream[stream]
+            size = tiles if capturing else SLAB
+            if size > len(self.free):
+                return None
+            given, self.free = self.free[:size], self.free[size:]
+            if not capturing:
+                self.of_stream[stream] = given
+            return given
 
 
 @cache
@@ -47,7 +47,7 @@ def take_tickets(tiles: int, device: torch.device) -> torch.Tensor:
     """At least `tiles` zeros, int32, for a launch on the device's current stream."""
     if device.type == "cuda" and tiles <= SLAB:
         stream = torch.cuda.current_stream(device).cuda_stream
-        found = _tickets(device).take(stream, torch.cuda.is_current_stream_capturing())
+        found = _tickets(device).take(tiles, stream, torch.cuda.is_current_stream_capturing())
         if found is not None:
             return found
     return torch.zeros(tiles, dtype=torch.int32, device=device)

@@ -16,8 +16,7 @@ from fastllm.formats import pack_bits
 from fastllm.kernels.dequantize import dequantize
 from fastllm.kernels.quant_config import BLOCK, ROWS, SMALL, Config, config, split_k
 from fastllm.kernels.quant_matmul import quant_matmul
-from fastllm.kernels.tickets import SLAB, SLABS, Tickets, take_tickets
-from fastllm.ops.planar import from_planar, planar_words, to_planar, unpack_planar
+from fastllm.ops.planar import to_planar
 
 MS = (1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 65, 127, 129)
 NS = (1, 31, 64, 65, 97)
@@ -265,33 +264,6 @@ def test_rows_do_not_depend_on_each_other(
     assert len({config(M, 4096, K, batch_invariant=True) for M in (1, 16, 17, 64, 128, 4096)}) == 1
 
 
-def test_tickets_are_not_shared() -> None:
-    tickets = Tickets(torch.device("cpu"))
-    assert tickets.take(stream=0, capturing=True) is None  # nothing to give before the first launch outside a capture
-    first, other = tickets.take(0, False), tickets.take(1, False)
-    graphs = [tickets.take(0, True) for _ in range(3)]
-    assert tickets.take(0, False).data_ptr() == first.data_ptr()
-    assert len({t.data_ptr() for t in (first, other, *graphs)}) == 5
-    assert not first.any() and first.shape == (SLAB,)
-    rest = [tickets.take(0, True) for _ in range(SLABS - 4)]
-    assert rest[-1] is None and rest[-2] is not None
-    assert take_tickets(SLAB + 1, torch.device("cpu")).shape == (SLAB + 1,)
-
-
-def test_tickets_go_back_to_zero(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Tensor] = []
-
-    def take(tiles: int, device: torch.device) -> Tensor:
-        given.append(take_tickets(tiles, device))
-        return given[-1]
-
-    monkeypatch.setattr("fastllm.kernels.quant_matmul.take_tickets", take)
-    p = exact(BASE._replace(K=1024), device)
-    assert config(*p.x.shape[:1], len(p.q), 1024).SPLIT_K > 1
-    check_exact(p)
-    assert len(given) == 1 and not given[0].any()
-
-
 @pytest.mark.parametrize("case", CASES[::5], ids=str)
 def test_dequantize(case: Case, device: str) -> None:
     p = exact(case, device)
@@ -306,66 +278,6 @@ def test_dequantize(case: Case, device: str) -> None:
     assert dequantize(p.words()[half], p.scale[half], zero, *operands, out=out) is out
     assert_equal(out, whole[half])
     assert scratch.isnan().sum() == scratch.numel() - out.numel()
-
-
-def slow_planar(q: Tensor, bits: int) -> Tensor:
-    """Straight from the words of the layout's description."""
-    N, K = q.shape
-    halves, planes = torch.zeros(N, -(-K // 128) * 8 * bits, dtype=torch.int32), 16 // bits
-    for k in range(-(-K // 128) * 128):
-        block, p, j = k // (32 * planes), k // 32 % planes, k % 32
-        halves[:, block * 32 + j] |= (q[:, k].int() if k < K else 2 ** (bits - 1)) << (bits * p)
-    return halves[:, 0::2] | halves[:, 1::2] << 16
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("K", [128, 384, 1, 8, 40, 104, 136, 1000])
-def test_planar_is_what_it_says(K: int, bits: int) -> None:
-    q = torch.randint(0, 2**bits, (5, K), dtype=torch.uint8)
-    planar, word = to_planar(pack_bits(q.clone(), bits), K, bits), 32 // bits
-    padded = torch.nn.functional.pad(q, (0, -K % word))  # words at rest are kept whole; further words hold middles
-    assert_equal(planar, slow_planar(padded, bits))
-    assert planar.shape[1] == planar_words(K, bits) == -(-K // 128) * 4 * bits
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("K", [*KS, 122, 4096])
-@pytest.mark.parametrize("N", [1, 37])
-def test_planar_round_trip(bits: int, K: int, N: int) -> None:
-    packed = torch.randint(-(2**31), 2**31, (N, -(-K * bits // 32)), dtype=torch.int32)  # any bits past K survive
-    before = packed.clone()
-    planar = to_planar(packed, K, bits)
-    if planar.shape == packed.shape:
-        assert planar.data_ptr() == packed.data_ptr()
-    values = before.view(torch.uint8) if N > 1 else before.flatten().view(torch.uint8).view(1, -1)
-    if bits == 4:
-        values = torch.stack((values & 15, values >> 4), -1).flatten(1)
-    assert_equal(unpack_planar(planar, K, bits), values[:, :K])
-    again = from_planar(planar, K, bits)
-    assert_equal(again, before)
-    assert again.shape != planar.shape or again.data_ptr() == planar.data_ptr()
-
-
-@pytest.mark.parametrize("K, same", [(128, True), (127, True), (121, True), (120, False), (129, False), (1280, True)])
-def test_planar_is_in_place_when_it_fits(K: int, same: bool) -> None:
-    packed = torch.nn.Parameter(torch.ones(3, -(-K // 8), dtype=torch.int32), requires_grad=False)
-    assert (to_planar(packed, K, 4) is packed) is same
-
-
-def test_planar_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = torch.randint(0, 2**31, (11, 48), dtype=torch.int32)
-    whole = to_planar(packed.clone(), 384, 4)
-    monkeypatch.setattr("fastllm.ops.planar.SCRATCH", 16 * 48 * 3 + 1)  # three rows at a time
-    assert_equal(to_planar(packed.clone(), 384, 4), whole)
-    assert_equal(from_planar(whole, 384, 4), packed)
-
-
-@pytest.mark.parametrize("change", [to_planar, from_planar, unpack_planar])
-def test_planar_refuses_another_shape(change: Callable[[Tensor, int, int], Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"\[2, 17\], expected torch.int32 \[N, 16\]"):
-        change(torch.zeros(2, 17, dtype=torch.int32), 128, 4)
-    with pytest.raises(ValueError, match="torch.int64"):
-        change(torch.zeros(2, 16, dtype=torch.int64), 128, 4)
 
 
 @pytest.mark.parametrize("K, bits, G", [(128, 4, 4), (257, 4, 4), (256, 8, 8), (256, 4, 7), (256, 4, 9)])
