@@ -128,6 +128,22 @@ def test_optimize_writes_what_run_and_evaluate_read(
         assert "quantized" in complaint(capsys, *arguments)
 
 
+def test_activations(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, options = str(tmp_path / "out"), ["--weights", "int8", "--activations", "int8"]
+    found = figures(tmp_path, "optimize", model, out, *options)
+    assert {d["format"] for d in found["report"]["decisions"] if d["kind"] == "linear"} == {"int8-a8"}
+    assert "int8-a8, " in capsys.readouterr().out
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    read = ["--text", str(text), "--window", "64"]
+    from_disk = figures(tmp_path, "evaluate", out, *read)
+    in_memory = figures(tmp_path, "evaluate", model, *read, *options)
+    assert from_disk["perplexity"] == pytest.approx(in_memory["perplexity"], rel=1e-4)
+    assert in_memory["activations"] == "int8" and from_disk["activations"] is None
+    assert "needs --weights" in complaint(capsys, "evaluate", model, *read, "--activations", "int8")
+    assert "use weights='int8'" in complaint(capsys, "run", model, "-p", "w1", "--activations", "int8")
+
+
 def test_a_dry_run_changes_and_writes_nothing(model: str, tmp_path: Path) -> None:
     found = figures(tmp_path, "optimize", model, "--dry-run")
     assert found["report"]["dry_run"] and found["report"]["accuracy"] is None and "saved_bytes" not in found

@@ -213,6 +213,18 @@ def test_many_rows_are_cut_into_parts(monkeypatch, device):
             assert_equal(packed_for(layout, weight, shape)(x), whole)
 
 
+def test_a_row_has_the_same_bits_whatever_the_batch(device):
+    """Sums of integers have no order, and scales belong to rows: batch invariance costs nothing here."""
+    shape = (65, 1100)
+    weight = quantize(torch.randn(shape, device=device).bfloat16(), FORMAT, "rtn")
+    x, bias = torch.randn(130, 1100, device=device), torch.randn(65, device=device)
+    for layout in layouts(device):
+        multiply = packed_for(layout, weight, shape)
+        whole = multiply(x, bias)
+        for rows in (slice(0, 1), slice(7, 12), slice(90, 130)):
+            assert_equal(multiply(x[rows], bias), whole[rows])
+
+
 def test_a_sum_that_may_overflow_is_refused():
     """At the largest K of each layout, with every product at its largest, the sum is right; beyond, it is refused."""
     cpu = torch.device("cpu")

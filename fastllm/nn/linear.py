@@ -187,7 +187,7 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, held in self._parameters.items():
-            if held is not None and held.untyped_storage().nbytes() > held.nbytes:
+            if held is not None and not held.is_mkldnn and held.untyped_storage().nbytes() > held.nbytes:
                 destination[prefix + name] = held.detach().clone()  # experts share memory, which files cannot
         destination[prefix + "weight_packed"] = self.at_rest().packed
 
