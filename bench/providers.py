@@ -94,7 +94,7 @@ class Provider(ABC):
 def fresh_tickets() -> Any:
     """Give the split-K kernel new counters; returns the old ones, to be kept as long as graphs that use them.
 
-    Each launch that a graph captures takes some for good, and a process has enough for 1024 launches. A benchmark
+    Each launch that a graph captures takes some for good, and enough are kept in stock for a few graphs. A benchmark
     captures hundreds for a single time, and what comes after the last would be slowed by clearing its own.
     """
     if find_spec("fastllm.kernels.tickets") is None:

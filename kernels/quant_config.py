@@ -99,6 +99,8 @@ def split_k(tiles: int, steps: int, resident: int, multiprocessors: int) -> int:
     The busiest multiprocessor has `each` programs of some steps; with fewer than `resident` its memory is idle part of
     the time. Programs get at least two steps, and the same number of them but for the last one.
     """
+    if tiles >= resident * multiprocessors:
+        return 1
 
     def time(split: int) -> float:
         each = -(-tiles * split // multiprocessors)

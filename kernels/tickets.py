@@ -6,7 +6,7 @@ from threading import Lock
 import torch
 
 SLAB = 1024  # counters for all launches of one stream
-CHUNK = 1 << 20  # counters: 4 MiB
+CHUNK = 1 << 21  # counters: 8 MiB
 
 
 class Tickets:
@@ -17,20 +17,20 @@ class Tickets:
     """
 
     def __init__(self, device: torch.device):
-        self.lock = Lock()
-        self.free = torch.empty(0, dtype=torch.int32, device=device)
+        self.device, self.lock = device, Lock()
+        self.free: torch.Tensor | None = None
         self.of_stream: dict[int, torch.Tensor] = {}
 
     def take(self, tiles: int, stream: int, capturing: bool) -> torch.Tensor | None:
         """At least `tiles` zeros, of SLAB at most; None if there are none to give."""
         with self.lock:
-            if not capturing and len(self.free) < CHUNK // 2:
+            if not capturing and (self.free is None or len(self.free) < CHUNK // 2):
                 # ahead of need: a capture would record the clearing, and not do it
-                self.free = torch.zeros(CHUNK, dtype=torch.int32, device=self.free.device)
+                self.free = torch.zeros(CHUNK, dtype=torch.int32, device=self.device)
             if not capturing and stream in self.of_stream:
                 return self.of_stream[stream]
             size = tiles if capturing else SLAB
-            if size > len(self.free):
+            if self.free is None or size > len(self.free):
                 return None
             given, self.free = self.free[:size], self.free[size:]
             if not capturing:
