@@ -53,7 +53,7 @@ def config(M: int, N: int, K: int, capability: int = 90) -> Config:
     blocks = triton.cdiv(K, BLOCK_K)
     tiles = triton.cdiv(N, BLOCK_N) * triton.cdiv(M, BLOCK_M)
     # Under four blocks a split never fills its pipeline; above eight splits the partial sums cost more than they gain.
-    split = max(1, min(4 * MULTIPROCESSORS // tiles, blocks // 4, 8)) if M <= 64 else 1
+    split = max(1, min(4 * MULTIPROCESSORS // tiles, blocks // 4, 8)) if M <= 128 else 1
     SPLIT_K = triton.cdiv(blocks, triton.cdiv(blocks, split))
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP, num_warps, num_stages)
 

@@ -66,7 +66,13 @@ def builds() -> Iterator[Build]:
         rows = {config(*shape, capability)._replace(SPLIT_K=1) for shape in shapes}
         for i, row in enumerate(sorted(rows)):
             tile = (row.BLOCK_M, row.BLOCK_N, row.BLOCK_K, row.SWAP, row.num_warps, row.num_stages)
-            kinds = ("odd",) if row.BLOCK_K == 64 else ("whole", "tail", "split") if row.SWAP else ("whole", "tail")
+            kinds = (
+                ("odd",)
+                if row.BLOCK_K == 64
+                else ("whole", "tail", "split")
+                if row.BLOCK_M <= 64
+                else ("whole", "tail")
+            )
             for kind in kinds:
                 yield Build("_int8_matmul", capability, ("bf16", "fp16", "fp32")[i % 3], kind, *tile)
         yield Build("_sum_splits", capability, "bf16", "split", 4, 256)

@@ -58,6 +58,7 @@ def check_exact(p: Problem) -> None:
 
 
 CASES = [(MS[i % 13], NS[i % 6], KS[i % 14], DTYPES[(i + i // 13) % 3], i % 5 < 2) for i in range(56)]
+CASES += [(65, 131, 2064, torch.float16, True)]  # a wide tile whose K is split
 
 
 @pytest.mark.parametrize("M, N, K, dtype, bias", CASES)
@@ -69,7 +70,8 @@ def test_the_cases_meet_every_value() -> None:
     assert [{c[i] for c in CASES} for i in range(4)] == [set(MS), set(NS), set(KS), set(DTYPES)]
     tiles = {config(*c[:3])[:3] for c in CASES}
     assert tiles == {(16, 64, 64), (32, 64, 64), (16, 64, 256), (32, 64, 256), (64, 64, 256), (64, 128, 128)}
-    assert any(config(*c[:3]).SPLIT_K > 1 and c[4] for c in CASES)
+    split = [config(*c[:3])[:2] for c in CASES if config(*c[:3]).SPLIT_K > 1 and c[4]]
+    assert {(16, 64), (64, 128)} <= set(split)
 
 
 def test_the_tiles_of_large_products(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
