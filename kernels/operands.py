@@ -39,6 +39,8 @@ def check_operands(
     for name, t in (("scale", scale), ("zero", zero)):
         if t is not None and t.shape != (len(w), groups):
             raise ValueError(f"{name} must be [{len(w)}, {groups}] for K={K}, group={group}; got {list(t.shape)}")
+    if zero is not None and zero.dtype != torch.uint8:
+        raise ValueError(f"zero must be uint8, got {zero.dtype}")
     if group < K and group % 32:
         raise ValueError(f"a group must be a multiple of 32, or at least K={K}; got {group}")
     return w.view(torch.int16), (0, 0) if zero is None else zero.stride(), 0 if group >= K else group

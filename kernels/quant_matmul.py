@@ -6,12 +6,12 @@ j hold value 32p + j. 8 bits: twice 32 halves, whose two bytes hold values j and
 
 from functools import cache
 from math import gcd
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import Plan, launch, on_device
 from .operands import check_operands, device_of, interpreted, uses_ptx
 from .quant_config import Config, config
 from .tickets import take_tickets
@@ -174,10 +174,11 @@ def quant_matmul(
     if tile is None:
         about = device_of(x.device.index) if x.is_cuda else ()
         tile = config(M, N, K, x.dtype == torch.float32, batch_invariant, *about)
-    rows = INVARIANT_ROWS if batch_invariant else M
-    for start in range(0, M, rows):
-        part = slice(start, start + rows)
-        _launch(aligned(x[part]), w, scale, zero, bias, y[part], bits, group, tile)
+    if M <= INVARIANT_ROWS or not batch_invariant:
+        _launch(aligned(x), w, scale, zero, bias, y, bits, group, tile)
+    else:
+        for rows, out in zip(x.split(INVARIANT_ROWS), y.split(INVARIANT_ROWS), strict=True):
+            _launch(aligned(rows), w, scale, zero, bias, out, bits, group, tile)
     return y
 
 
@@ -205,34 +206,41 @@ def _launch(
     """With experts: operands of all of them, one below the other, and M is the number of slots."""
     (M, N), K = y.shape, x.shape[1]
     w, stride_z, GROUP = check_operands(w, scale, zero, bits, group, K)
-    tiles, steps, constants = _constants(M, N, K, bits, GROUP, tile)
-    partial = tickets = None
+    plan = _plan(M, N, K, bits, GROUP, tile, uses_ptx(x))
+    tiles, partial, tickets = plan.tiles, None, None
     if experts is not None:
         tiles = -(-N // tile.BLOCK_N) * len(experts)
     elif tile.SPLIT_K > 1:
         partial = x.new_empty(tile.SPLIT_K, M, N, dtype=torch.float32)
         tickets = take_tickets(tiles, x.device)
-    if interpreted(_quant_matmul):
-        steps = tl.constexpr(steps)  # NumPy 2.4 refuses a tensor as a loop's bound
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
-        _quant_matmul[tiles, tile.SPLIT_K](
-            x, w, scale, zero, bias, y, partial, tickets, slots, experts,
-            M, N, K, steps, per_token,
-            x.stride(0), w.stride(0), *scale.stride(), *stride_z,
-            **constants, PTX=uses_ptx(x),
-        )  # fmt: skip
+    pointers = (x, w, scale, zero, bias, y, partial, tickets, slots, experts)
+    strides = (x.stride(0), w.stride(0), *scale.stride(), *stride_z)
+    numbers = (M, N, K, plan.steps, per_token, *strides)
+    bias_dtype = None if bias is None else bias.dtype
+    kind = (x.dtype, scale.dtype, bias_dtype, zero is None, slots is None, strides, x.device)
+    with on_device(x):
+        launch(_quant_matmul, (tiles, tile.SPLIT_K, 1), pointers, numbers, plan, kind)
 
 
 @cache
-def _constants(M: int, N: int, K: int, bits: int, GROUP: int, tile: Config) -> tuple[int, int, dict[str, Any]]:
-    """Tiles, steps of a program, and what the kernel is compiled for. Cached: it would double the cost of a launch."""
+def _plan(M: int, N: int, K: int, bits: int, GROUP: int, tile: Config, PTX: bool) -> Plan:
+    """Cached: to work it out anew would double the cost of a launch."""
     steps = -(-K // (128 * tile.BLOCKS * tile.SPLIT_K))
     span = gcd(GROUP, 128)
-    constants = tile._asdict() | {
+    constants = {
         "BITS": bits,
         "GROUP": GROUP,
         "SPAN": span,
         "RUN": min(span, tile.RUN),
+        "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_M": tile.BLOCK_M,
+        "BLOCKS": tile.BLOCKS,
+        "SPLIT_K": tile.SPLIT_K,
+        "PRESCALE": tile.PRESCALE,
         "EVEN": K == steps * tile.SPLIT_K * tile.BLOCKS * 128,
+        "PTX": PTX,
     }
-    return -(-N // tile.BLOCK_N) * -(-M // tile.BLOCK_M), steps, constants
+    tiles = -(-N // tile.BLOCK_N) * -(-M // tile.BLOCK_M)
+    if interpreted(_quant_matmul):
+        steps = tl.constexpr(steps)  # NumPy 2.4 refuses a tensor as a loop's bound
+    return Plan(tiles, steps, constants, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, {})
