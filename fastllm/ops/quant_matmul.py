@@ -13,7 +13,7 @@ from ..formats import IntFormat
 from .gpu import Planar
 from .int4pack import Int4Pack
 from .int8 import Int8Blocks, Int8Rows
-from .layout import Layout, Prepared, Rest
+from .layout import Layout, Prepared, Rest, choose
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (Planar(), Int4Pack(), Int8Blocks(), Int8Rows(), Rest())
@@ -34,14 +34,7 @@ def choose_layout(
     format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device, among: Iterable[str] = LAYOUTS
 ) -> tuple[Layout, dict[str, list[str]]]:
     """The first layout that can hold the weight, and why those before it cannot: {name: reasons}."""
-    refused: dict[str, list[str]] = {}
-    for name in among:
-        reasons = LAYOUTS[name].reasons(format, N, K, dtype, device)
-        if not reasons:
-            return LAYOUTS[name], refused
-        refused[name] = reasons
-    every = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise ValueError(f"no layout can hold {format.name} [{N}, {K}] for {dtype} on {device}: {every}")
+    return choose({name: LAYOUTS[name] for name in among}, format, N, K, dtype, device)
 
 
 def quant_matmul(
