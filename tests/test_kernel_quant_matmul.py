@@ -178,11 +178,11 @@ def test_nothing_to_do(M: int, N: int, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits, group", [(4, 128), (4, 32), (8, 1024), (8, 128)])
-def test_close_on_random_values(bits: int, group: int, dtype: torch.dtype, device: str) -> None:
-    p = exact(Case(bits, group, False, dtype, 9, 40, 1024, True, dtype), device)
+@pytest.mark.parametrize("M, bits, group", [(9, 4, 128), (9, 4, 32), (9, 8, 1024), (9, 8, 128), (70, 4, 128)])
+def test_close_on_random_values(M: int, bits: int, group: int, dtype: torch.dtype, device: str) -> None:
+    p = exact(Case(bits, group, False, dtype, M, 40, 1024, True, dtype), device)
     p = p._replace(x=torch.randn_like(p.x), scale=torch.rand_like(p.scale) / 50, bias=torch.randn_like(p.bias))
-    assert config(9, 40, 1024).SPLIT_K > 1
+    assert config(M, 40, 1024).SPLIT_K > 1
     y = p.got()
     assert_close(y, p.want(), dtype=dtype)
     assert_equal(p.got(), y)  # the same bits at every run
