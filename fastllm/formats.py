@@ -5,7 +5,8 @@ The layout at rest is `pack-quantized` of compressed-tensors
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product, starmap
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 class QuantizedWeight(NamedTuple):
     """A weight [N, K] at rest.
 
-    packed:     int32 [N, ceil(K * bits / 32)], lowest bits first along K, holding q + 2**(bits - 1), never negative
+    packed:     int32 [N, ceil(K * bits / 32)], lowest bits first along K, holding q + 2**(bits - 1), never negative,
+                or the bits of floats
     scale:      float [N, G], one for each group of weights in a row
     zero_point: int32 [ceil(N * bits / 32), G], non-negative zero points packed along N; None when symmetric
     """
@@ -96,34 +98,75 @@ class IntFormat:
         return 4 * N * self.words(K) + scale_bytes * N * self.groups(K) + zeros
 
 
-FORMATS = {
-    f.name: f
-    for bits in (4, 8)
-    for group in (None, 32, 64, 128, 256)
-    for symmetric in (True, False)
-    for f in [IntFormat(bits, group, symmetric)]
-} | {"int8-a8": IntFormat(8, activations="int8")}
+@dataclass(frozen=True)
+class Fp8Format:
+    """Floats of 8 bits (e4m3): w[n, k] = q[n, k] * scale[n], and each row of the input rounded so when it comes.
+
+    It has the attributes and methods of an `IntFormat`, most of them with the only value there is.
+    """
+
+    bits: int = field(default=8, init=False)
+    group: int | None = field(default=None, init=False)
+    symmetric: bool = field(default=True, init=False)
+    activations: str = field(default="fp8", init=False)
+    name: str = field(default="fp8-a8", init=False)
+
+    @property
+    def weight_only(self) -> None:
+        """There is no such format: a float8 that is not multiplied as it is has no advantage over an int8."""
+
+    def group_of(self, K: int) -> int:
+        """The number of weights that share a scale in a row of K: all."""
+        return K
+
+    def groups(self, K: int) -> int:
+        """The number of scales in a row of K: one."""
+        return 1
+
+    def words(self, K: int) -> int:
+        """The number of int32 words in a row of K."""
+        return -(-K // 4)
+
+    def bytes(self, N: int, K: int, scale_bytes: int = 2) -> int:
+        """The size at rest of a weight [N, K] whose scales have `scale_bytes` bytes each."""
+        return 4 * N * self.words(K) + scale_bytes * N
+
+
+Format = IntFormat | Fp8Format
+
+_GROUPS = product((4, 8), (None, 32, 64, 128, 256), (True, False))
+_FORMATS: tuple[Format, ...] = (*starmap(IntFormat, _GROUPS), IntFormat(8, activations="int8"), Fp8Format())
+FORMATS = {f.name: f for f in _FORMATS}
 
 
 def parse_format(
-    name: "str | IntFormat",
+    name: str | Format,
     group_size: int | None = None,
     symmetric: bool | None = None,
     activations: str | None = None,
-) -> IntFormat:
-    """The format called `name` ("int4", "int8", "int4-g64", "int4-g32-asym", "int4-channel", "int8-a8").
+) -> Format:
+    """The format called `name` ("int4", "int8", "int4-g64", "int4-g32-asym", "int4-channel", "int8-a8", "fp8-a8").
 
     group_size replaces the group that the name gives; -1: one scale per output channel. activations: "int8" is as if
-    the name ended in -a8.
+    the name ended in -a8; "fp8" weights always have "fp8" activations.
 
     Raises ValueError for an unknown name, naming the known ones.
     """
+    if isinstance(name, Fp8Format) or name in ("fp8", "fp8-a8"):
+        if group_size not in (None, -1) or symmetric is False or activations not in (None, "fp8"):
+            raise ValueError(
+                f"fp8 weights with group_size={group_size}, symmetric={symmetric}, activations={activations!r}: they "
+                "have one scale per channel, no zero points, and activations='fp8'"
+            )
+        return Fp8Format()
+    if activations == "fp8":
+        raise ValueError(f"activations='fp8' with {name} weights: use weights='fp8'")
     if isinstance(name, IntFormat):
         format = name
     else:
         match = re.fullmatch(r"int([48])(?:-g(\d+)|(-channel))?(-asym)?(-a8)?", name)
         if match is None:
-            raise ValueError(f"unknown weight format {name!r}; known: int4, {', '.join(sorted(FORMATS))}")
+            raise ValueError(f"unknown weight format {name!r}; known: int4, fp8, {', '.join(sorted(FORMATS))}")
         bits = int(match[1])
         group = int(match[2]) if match[2] else None if match[3] else DEFAULT_GROUP[bits]
         format = IntFormat(bits, group, match[4] is None, "int8" if match[5] else None)
@@ -163,6 +206,16 @@ def from_int8(q: Tensor) -> Tensor:
     return pack_bits(q.contiguous().view(torch.uint8) ^ 128, 8)
 
 
+def to_fp8(packed: Tensor, K: int) -> Tensor:
+    """int32 [N, ceil(K / 4)], float8 weights at rest -> float8_e4m3fn [N, K], a view of them."""
+    return unpack_bits(packed, 8, K).view(torch.float8_e4m3fn)
+
+
+def from_fp8(q: Tensor) -> Tensor:
+    """float8_e4m3fn [N, K] -> int32 [N, ceil(K / 4)], in new memory; the inverse of `to_fp8`."""
+    return pack_bits(q.view(torch.uint8).clone(memory_format=torch.contiguous_format), 8)
+
+
 def pack_zero_point(zero_point: Tensor, bits: int) -> Tensor:
     """uint8 [N, G] -> int32 [ceil(N * bits / 32), G]: packed along N, as compressed-tensors does."""
     return pack_bits(zero_point.t(), bits).t().contiguous()
@@ -185,15 +238,17 @@ def scale_groups(q: Tensor, scale: Tensor, zero_point: Tensor | int, group: int,
     return (padded.to(dtype) * scale.to(dtype)[..., None]).view(N, G * group)[:, :K]
 
 
-def dequantize(weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize(weight: QuantizedWeight, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight [N, K] that `weight` stands for, in `dtype`."""
     N, K = shape
+    if isinstance(format, Fp8Format):
+        return to_fp8(weight.packed, K).to(dtype) * weight.scale.to(dtype)
     q = unpack_bits(weight.packed, format.bits, K)
     zero = format.middle if weight.zero_point is None else unpack_zero_point(weight.zero_point, format.bits, N)
     return scale_groups(q, weight.scale, zero, format.group_of(K), dtype)
 
 
-def check(weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int], name: str = "weight") -> None:
+def check(weight: QuantizedWeight, format: Format, shape: tuple[int, int], name: str = "weight") -> None:
     """Raise ValueError, naming the tensor and the numbers, unless `weight` can be a [N, K] in `format`."""
     N, K = shape
     G = format.groups(K)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .formats import IntFormat, QuantizedWeight, pack_bits, pack_zero_point
+from .formats import Format, Fp8Format, IntFormat, QuantizedWeight, pack_bits, pack_zero_point
 
 CHUNK = 1 << 20  # weights quantized at a time: the float32 scratch then stays near the caches
 
@@ -95,15 +95,24 @@ def _hqq(w: Tensor, mask: Tensor, format: IntFormat, dtype: torch.dtype) -> tupl
 QUANTIZERS: dict[str, Rounder] = {"rtn": _rtn, "hqq": _hqq}
 
 
-def quantize(w: Tensor, format: IntFormat, method: str = "hqq", dtype: torch.dtype | None = None) -> QuantizedWeight:
+def _fp8(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """w float [n, K] -> the bytes of the nearest e4m3 numbers, uint8 [n, K], and scale [n, 1]: max |w| / 448."""
+    scale = _storable(w.abs().amax(-1, keepdim=True) / 448, dtype)
+    # the scale was rounded, and what is beyond 448 would become NaN
+    return (w / scale).clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def quantize(w: Tensor, format: Format, method: str = "hqq", dtype: torch.dtype | None = None) -> QuantizedWeight:
     """Quantize w [N, K], any float dtype, to `format`; scales are stored in `dtype` (default: w's own).
 
     method: "rtn" (round to nearest) or "hqq" (half-quadratic: slower and closer; scales of symmetric formats may be
-    negative).
+    negative; not for floats).
     Raises ValueError for a wrong rank or dtype, NaN or infinity, or an unknown method.
     """
     if method not in QUANTIZERS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(QUANTIZERS)}")
+    if isinstance(format, Fp8Format) and method != "rtn":
+        raise ValueError(f"method={method!r} solves for the scales of integers; fp8 weights take method='rtn'")
     if w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"a weight must be a floating-point matrix [N, K], got {w.dtype} {list(w.shape)}")
     dtype = dtype or w.dtype
@@ -120,9 +129,13 @@ def quantize(w: Tensor, format: IntFormat, method: str = "hqq", dtype: torch.dty
             raise ValueError(
                 f"the weight has {bad} values that are NaN or infinite in rows {start} to {start + len(chunk) - 1}"
             )
+        here = slice(start, start + len(chunk))
+        if isinstance(format, Fp8Format):
+            q, scales[here] = _fp8(chunk, dtype)
+            packed[here] = pack_bits(q, 8)
+            continue
         chunk = torch.nn.functional.pad(chunk, (0, G * group - K)).view(-1, G, group)
         scale, zero = QUANTIZERS[method](chunk, mask, format, dtype)
         q = _round(chunk, scale, zero, format).to(torch.uint8).view(-1, G * group)[:, :K]
-        here = slice(start, start + len(chunk))
         packed[here], scales[here], zeros[here] = pack_bits(q, format.bits), scale[..., 0], zero[..., 0]
     return QuantizedWeight(packed, scales, None if format.symmetric else pack_zero_point(zeros, format.bits))

@@ -147,7 +147,8 @@ def test_the_report_says_what_runs_and_what_stays() -> None:
         ({"weights": "int8", "group_size": 64}, "with int8-g64 weights"),
         ({"weights": "int8-asym"}, "with int8-asym weights"),
         ({"weights": {"lm_head": "int4-g64", "*": "int8"}}, "with int4-g64 weights"),
-        ({"weights": "int8", "activations": "fp8"}, "activations='fp8': only 'int8' is supported"),
+        ({"weights": "int8", "activations": "fp8"}, "activations='fp8' with int8 weights: use weights='fp8'"),
+        ({"weights": "int8", "activations": "int4"}, "activations='int4': only 'int8' is supported"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings: dict, message: str) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import fastllm
 from fastllm.checkpoints import FastllmConfig
-from fastllm.checkpoints.compressed_tensors import Scheme, Stored
+from fastllm.checkpoints.compressed_tensors import Stored
+from fastllm.checkpoints.scheme import Scheme
 from fastllm.formats import parse_format
 from fastllm.nn import QuantExperts, QuantLinear
 from fastllm.nn.experts import is_experts
@@ -250,7 +251,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text": (GROUP | {"input_activations": {"num_bits": "8"}}, "input_activations.num_bits is '8', not of type int"),
     "outputs": (GROUP | {"output_activations": ACTIVATIONS}, "output_activations"),
     "packed": (GROUP | {"format": "pack-quantized"}, r"\(input_activations\) of packed weights"),
-    "floats on disk": (GROUP | {"format": "float-quantized"}, "format 'float-quantized'"),
+    "floats on disk": (GROUP | {"format": "float-quantized"}, "and type .int.: "),
     "int4": (GROUP | {"weights": WEIGHTS | {"num_bits": 4}}, "int-quantized weights of another kind"),
     "groups": (
         GROUP | {"weights": WEIGHTS | {"strategy": "group", "group_size": 32}},

@@ -162,7 +162,7 @@ def test_env_tells_what_can_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = figures(tmp_path, "env")
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["python"]
     assert found["machine"]["threads"] == torch.get_num_threads()
-    assert set(found["layouts"]["cpu"]) == {"int4-g128", "int8", "int8-a8"}
+    assert set(found["layouts"]["cpu"]) == {"int4-g128", "int8", "int8-a8", "fp8-a8"}
     for name, rows in found["layouts"]["cpu"].items():
         assert set(rows) == set(layouts_of(FORMATS[name]))
         first, *_, last = rows.values()  # a GPU's, and the definition

@@ -173,7 +173,7 @@ def weights_with(**settings: Any) -> dict[str, Any]:
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'.*compressed-tensors"),
-    "format": ({"format": "float-quantized"}, "format 'float-quantized'"),
+    "format": ({"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'"),
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     "cache": ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
     "empty": ({"config_groups": {}}, "no config_groups"),

@@ -1,4 +1,4 @@
-"""What the compiler makes of the int8 kernels for GPUs that are not here: no spills, tensor cores, async loads."""
+"""What the compiler makes of the kernels of 8-bit products for absent GPUs: no spills, tensor cores, async loads."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from offline import SHARED
 
-TARGETS = (80, 90)  # sm_80, sm_90
+TARGETS = ((80, "i8"), (90, "i8"), (90, "fp8e4nv"))  # sm_80 has no tensor cores for float8
 
 
 class Build(NamedTuple):
@@ -28,6 +28,7 @@ class Build(NamedTuple):
     SWAP: bool = False
     num_warps: int = 4
     num_stages: int = 3
+    operand: str = "i8"  # or "fp8e4nv"
 
 
 class Stats(NamedTuple):
@@ -43,15 +44,15 @@ class Stats(NamedTuple):
 
 
 def complaints(build: Build, stats: Stats) -> list[str]:
-    product, hopper = build.kernel == "_int8_matmul", build.capability == 90
+    product, hopper = build.kernel == "_scaled_matmul", build.capability == 90
     limits = {
         "shared memory": (stats.shared, SHARED[build.capability]),
         "bytes on the stack": (stats.stack, 0),
         "products of rows and strides in 32 bits": (stats.narrow_offsets, 0),
     }
     found = [f"{value} {what}, allowed {limit}" for what, (value, limit) in limits.items() if value > limit]
-    found += ["no wgmma on int8"] if product and hopper and not stats.wgmma else []
-    found += ["no tensor cores on int8"] if product and not hopper and not stats.mma else []
+    found += [f"no wgmma on {build.operand}"] if product and hopper and not stats.wgmma else []
+    found += [f"no tensor cores on {build.operand}"] if product and not hopper and not stats.mma else []
     # without them nothing is in flight while the tensor cores work; odd addresses cannot have them
     found += ["loads wait"] if product and build.kind != "odd" and not stats.async_loads else []
     return found
@@ -59,11 +60,11 @@ def complaints(build: Build, stats: Stats) -> list[str]:
 
 def builds() -> Iterator[Build]:
     """Every row of `config` on both architectures, and the kernels that have one tile only."""
-    from fastllm.kernels.int8_matmul import config
+    from fastllm.kernels.scaled_matmul import config
 
     shapes = [(M, N, K) for M in (1, 17, 33, 65, 2048) for N in (256, 4096, 28672) for K in (4096, 4097)]
-    for capability in TARGETS:
-        rows = {config(*shape, capability)._replace(SPLIT_K=1) for shape in shapes}
+    for capability, operand in TARGETS:
+        rows = {config(*shape, capability, operand != "i8")._replace(SPLIT_K=1) for shape in shapes}
         for i, row in enumerate(sorted(rows)):
             tile = (row.BLOCK_M, row.BLOCK_N, row.BLOCK_K, row.SWAP, row.num_warps, row.num_stages)
             kinds = (
@@ -74,18 +75,25 @@ def builds() -> Iterator[Build]:
                 else ("whole", "tail")
             )
             for kind in kinds:
-                yield Build("_int8_matmul", capability, ("bf16", "fp16", "fp32")[i % 3], kind, *tile)
-        yield Build("_sum_splits", capability, "bf16", "split", 4, 256)
+                yield Build("_scaled_matmul", capability, ("bf16", "fp16", "fp32")[i % 3], kind, *tile, operand)
+        yield Build("_sum_splits", capability, "bf16", "split", 4, 256, operand=operand)
         for BLOCK_K, num_warps in ((256, 4), (4096, 8)):
-            yield Build("_quantize_rows", capability, "bf16", "whole", BLOCK_K=BLOCK_K, num_warps=num_warps)
+            yield Build("_quantize_rows", capability, "bf16", "whole", 0, 0, BLOCK_K, False, num_warps, 3, operand)
 
 
-BAD = {
-    "shared memory": Build("_int8_matmul", 90, "bf16", "whole", 128, 256, 128, False, 8, 5),
-    "bytes on the stack": Build("_int8_matmul", 90, "bf16", "whole", 128, 256, 128, False, 4, 3),
-    "no wgmma": Build("_int8_matmul", 90, "bf16", "whole", 16, 64, 256, False, 4, 4),  # rows of x as the left operand
-    "loads wait": Build("_int8_matmul", 80, "bf16", "whole", 64, 64, 128, True, 4, 1),
-}
+BAD = [
+    ("shared memory", Build("_scaled_matmul", 90, "bf16", "whole", 128, 256, 128, False, 8, 5)),
+    ("bytes on the stack", Build("_scaled_matmul", 90, "bf16", "whole", 128, 256, 128, False, 4, 3)),
+    (
+        "bytes on the stack",
+        Build("_scaled_matmul", 90, "bf16", "whole", 128, 256, 128, False, 8, 4, "fp8e4nv"),
+    ),  # twice the registers
+    (
+        "no wgmma",
+        Build("_scaled_matmul", 90, "bf16", "whole", 16, 64, 256, False, 4, 4),
+    ),  # rows of x as the left operand
+    ("loads wait", Build("_scaled_matmul", 80, "bf16", "whole", 64, 64, 128, True, 4, 1)),
+]
 
 
 def compile_one(build: Build, cuobjdump: str, scratch: Path) -> Stats:
@@ -93,20 +101,24 @@ def compile_one(build: Build, cuobjdump: str, scratch: Path) -> Stats:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastllm.kernels import int8_matmul
+    from fastllm.kernels import scaled_matmul
 
-    kernel = getattr(int8_matmul, build.kernel)
-    out, names = "*i32" if build.kind == "split" else "*" + build.dtype, kernel.arg_names
-    types = {"q": "*i8", "w": "*i8", "x_scale": "*fp32", "w_scale": "*fp32", "scale": "*fp32", "partial": "*i32"}
+    kernel = getattr(scaled_matmul, build.kernel)
+    names, floats, operand = kernel.arg_names, build.operand != "i8", f"*{build.operand}"
+    partial = "*fp32" if floats else "*i32"
+    out = partial if build.kind == "split" else "*" + build.dtype
+    types = {"q": operand, "w": operand, "x_scale": "*fp32", "w_scale": "*fp32", "scale": "*fp32", "partial": partial}
     types |= {
         "x": "*" + build.dtype,
         "bias": "*" + build.dtype,
-        "y": out if build.kernel == "_int8_matmul" else "*bf16",
+        "y": out if build.kernel == "_scaled_matmul" else "*bf16",
     }
     constants = {
         "WHOLE": build.kind in ("whole", "split"),
         "SPLIT": build.kind == "split",
         "SPLIT_K": 8,
+        "PRECISE_K": min(scaled_matmul.PRECISE_K, build.BLOCK_K) if floats else None,
+        "LARGEST": 448.0 if floats else 127.0,
         "GROUP_M": 8,
         "stride_xk": 1,
         **{name: getattr(build, name) for name in ("SWAP", "BLOCK_M", "BLOCK_N", "BLOCK_K")},
@@ -129,7 +141,7 @@ def compile_one(build: Build, cuobjdump: str, scratch: Path) -> Stats:
         shared=built.metadata.shared,
         registers=int(re.findall(r"REG:(\d+)", dump)[-1]),
         stack=int(re.findall(r"STACK:(\d+)", dump)[-1]) + int(re.findall(r"LOCAL:(\d+)", dump)[-1]),
-        wgmma=len(re.findall(r"wgmma\.mma_async.*\.s32\.s8\.s8", ptx)),
+        wgmma=len(re.findall(r"wgmma\.mma_async.*\." + ("f32.e4m3.e4m3" if floats else "s32.s8.s8"), ptx)),
         mma=len(re.findall(r"mma\.sync.*\.s32\.s8\.s8\.s32", ptx)),
         async_loads=len(re.findall(r"cp\.async\.cg.* 0x10", ptx)),
         narrow_offsets=len(re.findall(r"arith\.muli .*tensor<\w+xi32>", built.asm["ttir"])),
@@ -140,7 +152,7 @@ def main(scratch: Path) -> None:
     """Compile and print one JSON object a line. A process of its own: the tests' own process interprets kernels."""
     import triton
 
-    for build in [*builds(), *BAD.values()]:
+    for build in [*builds(), *(build for _, build in BAD)]:
         print(json.dumps([build, compile_one(build, triton.knobs.nvidia.cuobjdump.path, scratch)]), flush=True)
 
 
@@ -157,20 +169,20 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Build, Stats]:
 
 
 def test_every_tile_compiles_well(compiled: dict[Build, Stats]) -> None:
-    good = {build: stats for build, stats in compiled.items() if build not in BAD.values()}
-    assert {(b.capability, b.kind) for b in good} == {
-        (c, k) for c in TARGETS for k in ("whole", "tail", "split", "odd")
+    good = {build: stats for build, stats in compiled.items() if build not in [b for _, b in BAD]}
+    assert {(b.capability, b.operand, b.kind) for b in good} == {
+        (*pair, k) for pair in TARGETS for k in ("whole", "tail", "split", "odd")
     }
     found = [f"{build}: {line} ({stats})" for build, stats in good.items() for line in complaints(build, stats)]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_tile_is_seen(what: str, compiled: dict[Build, Stats]) -> None:
-    assert any(what in line for line in complaints(BAD[what], compiled[BAD[what]]))
+@pytest.mark.parametrize("what, build", BAD)
+def test_a_bad_tile_is_seen(what: str, build: Build, compiled: dict[Build, Stats]) -> None:
+    assert any(what in line for line in complaints(build, compiled[build]))
 
 
-GOOD_BUILD = Build("_int8_matmul", 90, "bf16", "whole", 128, 256, 128, False, 8, 4)
+GOOD_BUILD = Build("_scaled_matmul", 90, "bf16", "whole", 128, 256, 128, False, 8, 4)
 GOOD_STATS = Stats(196608, 242, 0, 8, 0, 48, 0)
 FAULTS: dict[str, Callable[[Stats], Stats]] = {
     "no wgmma": lambda s: s._replace(wgmma=0),
@@ -190,7 +202,7 @@ def test_each_fault_is_named(fault: str) -> None:
 def test_older_tensor_cores_count_on_sm_80() -> None:
     older, stats = GOOD_BUILD._replace(capability=80), GOOD_STATS._replace(shared=98304, wgmma=0, mma=64)
     assert not complaints(older, stats)
-    assert complaints(older, stats._replace(mma=0)) == ["no tensor cores on int8"]
+    assert complaints(older, stats._replace(mma=0)) == ["no tensor cores on i8"]
 
 
 if __name__ == "__main__":

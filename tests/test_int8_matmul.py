@@ -11,7 +11,7 @@ from close import assert_close, assert_equal
 
 from fastllm import QuantLinear
 from fastllm.formats import IntFormat, QuantizedWeight, dequantize, pack_bits, parse_format
-from fastllm.ops import INT8_LAYOUTS, LAYOUTS, int8_matmul_dynamic, layout_for
+from fastllm.ops import INT8_LAYOUTS, LAYOUTS, dynamic_matmul, layout_for
 from fastllm.ops.int8_matmul import LARGEST_K, LARGEST_K_UNSIGNED, quantize_rows
 from fastllm.quantizers import quantize
 
@@ -37,7 +37,7 @@ def packed_for(layout, weight, shape):
     own = QuantizedWeight(weight.packed.clone(), weight.scale)
     p = INT8_LAYOUTS[layout].pack(own, FORMAT, shape)
     assert_equal(INT8_LAYOUTS[layout].unpack(p.w, FORMAT, shape), weight.packed)
-    return lambda x, bias=None: int8_matmul_dynamic(x, *p, bias, shape[0], layout)
+    return lambda x, bias=None: dynamic_matmul(x, *p, bias, shape[0], layout)
 
 
 def integers(N, K, dtype, device):
@@ -135,7 +135,7 @@ def test_what_is_not_finite_stays_so(value, dtype, device):
 
 
 def test_both_definitions_of_the_rows_agree(device):
-    from fastllm.kernels.int8_matmul import quantize_rows as kernel
+    from fastllm.kernels.scaled_matmul import quantize_rows as kernel
 
     x = torch.randn(7, 300, device=device) * 10.0 ** torch.arange(-9, 5, 2, device=device)[:, None]
     x[2], x[3, 4], x[4, 5] = 0, float("nan"), float("inf")
@@ -157,7 +157,7 @@ def test_every_shape_of_x(device):
         p, _ = prepared(N, K, torch.bfloat16, device, layout)
 
         def op(x, p=p, layout=layout):
-            return int8_matmul_dynamic(x, *p, None, N, layout)
+            return dynamic_matmul(x, *p, None, N, layout)
 
         x = torch.randn(2, 3, 2 * K, dtype=torch.bfloat16, device=device)
         strided = x[..., ::2]
@@ -177,7 +177,7 @@ def test_gradient(dtype, device):
         x = torch.randn(2, 3, K, dtype=dtype, device=device, requires_grad=True)
         bias = torch.randn(N, dtype=dtype, device=device, requires_grad=True)
         grad = torch.randn(2, 3, N, dtype=dtype, device=device)
-        int8_matmul_dynamic(x, *p, bias, N, layout).backward(grad)
+        dynamic_matmul(x, *p, bias, N, layout).backward(grad)
         bounds = (4e-2, 5e-3) if dtype == torch.bfloat16 else (8e-3, 1e-3)
         assert_close(x.grad, grad.double() @ dense, *bounds, dtype=dtype)
         assert_close(bias.grad, grad.double().sum((0, 1)), *bounds, dtype=dtype)
@@ -190,10 +190,10 @@ def test_opcheck_and_compile(device):
         x = torch.randn(3, K, dtype=torch.bfloat16, device=device)
         if not p.w.is_mkldnn:  # opcheck compares the storage of its arguments, and oneDNN's blocks have none
             for arg in (x, x.clone().requires_grad_()):
-                torch.library.opcheck(torch.ops.fastllm.int8_matmul_dynamic.default, (arg, *p, None, N, layout))
+                torch.library.opcheck(torch.ops.fastllm.dynamic_matmul.default, (arg, *p, None, N, layout))
 
         def call(x, p=p, layout=layout):
-            return int8_matmul_dynamic(x, *p, None, N, layout)
+            return dynamic_matmul(x, *p, None, N, layout)
 
         torch._dynamo.reset()
         compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")

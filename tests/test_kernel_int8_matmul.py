@@ -12,7 +12,7 @@ import torch
 from close import BOUNDS, assert_close, assert_equal
 from torch import Tensor
 
-from fastllm.kernels.int8_matmul import LARGEST_K, config, int8_matmul, quantize_rows
+from fastllm.kernels.scaled_matmul import LARGEST_K, config, quantize_rows, scaled_matmul
 
 MS = (1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 65, 127, 129)
 NS = (1, 31, 64, 65, 97, 131)
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
 
     def got(self) -> Tensor:
-        return int8_matmul(*self)
+        return scaled_matmul(*self)
 
     def want(self) -> Tensor:
         """The definition in float64, where every integer is exact."""
@@ -76,11 +76,11 @@ def test_the_cases_meet_every_value() -> None:
 
 def test_the_tiles_of_large_products(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Those that a GPU gets when there are enough of them; several groups of rows, and a last group that is short."""
-    monkeypatch.setattr("fastllm.kernels.int8_matmul.MULTIPROCESSORS", 1)
-    monkeypatch.setattr("fastllm.kernels.int8_matmul.GROUP_M", 2)
+    monkeypatch.setattr("fastllm.kernels.scaled_matmul.MULTIPROCESSORS", 1)
+    monkeypatch.setattr("fastllm.kernels.scaled_matmul.GROUP_M", 2)
     assert config(513, 300, 272)[:3] == (128, 256, 128) and config(513, 300, 272, 80)[:3] == (128, 128, 128)
     check_exact(exact(513, 300, 272, torch.float16, True, device))
-    monkeypatch.setattr("fastllm.kernels.int8_matmul.config", lambda M, N, K, _: config(M, N, K, 80))
+    monkeypatch.setattr("fastllm.kernels.scaled_matmul.config", lambda M, N, K, *_: config(M, N, K, 80))
     check_exact(exact(389, 130, 144, torch.float16, False, device))
 
 
@@ -139,7 +139,7 @@ def test_sums_fill_an_int32(device: str) -> None:
     full = torch.full((1, LARGEST_K), 127, dtype=torch.int8, device=device)
     ones, w = torch.ones(1, device=device), torch.full_like(full, -128)
     w[0, -1] = -127
-    got = int8_matmul(full, ones, w, ones, torch.full((1,), float(2**31), device=device), torch.float32)
+    got = scaled_matmul(full, ones, w, ones, torch.full((1,), float(2**31), device=device), torch.float32)
     assert_equal(got, torch.tensor([[float(torch.tensor(-127.0 * 128 * LARGEST_K + 127).float()) + 2.0**31]]))
 
 
@@ -147,7 +147,7 @@ def test_sums_fill_an_int32(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_to_do(M: int, N: int, dtype: torch.dtype, device: str) -> None:
     q, scale = quantize_rows(torch.ones(M, 64, dtype=dtype, device=device))
-    y = int8_matmul(q, scale, torch.ones(N, 64, dtype=torch.int8, device=device), scale.new_ones(N), None, dtype)
+    y = scaled_matmul(q, scale, torch.ones(N, 64, dtype=torch.int8, device=device), scale.new_ones(N), None, dtype)
     assert q.shape == (M, 64) and y.shape == (M, N) and y.dtype == dtype
 
 
@@ -199,7 +199,7 @@ def test_what_is_not_finite_stays_so(value: float, dtype: torch.dtype, device: s
     assert scale.isnan().tolist() == [False, True, False, True, False]
     assert_equal(q[::2], clean[0][::2])
     for w in (torch.zeros(2, 300, dtype=torch.int8, device=device), torch.ones(2, 300, dtype=torch.int8).to(device)):
-        y = int8_matmul(q, scale, w, scale.new_ones(2), scale.new_ones(2), dtype)
+        y = scaled_matmul(q, scale, w, scale.new_ones(2), scale.new_ones(2), dtype)
         assert y.isnan().all(1).tolist() == scale.isnan().tolist() and y[::2].isfinite().all()
 
 
@@ -208,7 +208,7 @@ def test_zeros_and_the_smallest_numbers(device: str) -> None:
     x[1, 3], x[2, 3], x[3, 3], x[4, 3] = 1e-45, -TINY, 127 * TINY, 3e38
     q, scale = quantize_rows(x)
     assert scale[:4].tolist() == [TINY] * 4 and q[:, 3].tolist() == [0, 0, -1, 127, 127]
-    assert_equal(int8_matmul(q[:1], scale[:1], q.new_ones(2, 40), scale.new_ones(2), None, x.dtype), x[:1, :2])
+    assert_equal(scaled_matmul(q[:1], scale[:1], q.new_ones(2, 40), scale.new_ones(2), None, x.dtype), x[:1, :2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,7 +216,7 @@ def test_both_together_are_close_to_the_product(dtype: torch.dtype, device: str)
     """Two roundings of 8 bits: within 1 % of the product of the numbers that were rounded."""
     x, w = torch.randn(6, 512, device=device).to(dtype), torch.randn(50, 512, device=device)
     q, scale = quantize_rows(w)
-    got = int8_matmul(*quantize_rows(x), q, scale, None, dtype)
+    got = scaled_matmul(*quantize_rows(x), q, scale, None, dtype)
     assert_close(got, x.double() @ w.double().T, worst=0.08, rms=0.02, dtype=dtype)
     with pytest.raises(AssertionError):  # and no closer than that: something was rounded
         assert_close(got, x.double() @ w.double().T, *BOUNDS[torch.float16], dtype=dtype)
@@ -225,11 +225,11 @@ def test_both_together_are_close_to_the_product(dtype: torch.dtype, device: str)
 def test_operands_that_do_not_fit_are_refused() -> None:
     p = exact(3, 8, 32, torch.float32, True, "cpu")
     for wrong, message in (
-        (p._replace(q=p.q.int()), r"q must be an int8 matrix .* torch.int32 \[3, 32\]"),
-        (p._replace(w=p.w.float()), r"w must be an int8 matrix .* torch.float32 \[8, 32\]"),
+        (p._replace(q=p.q.int()), r"q must be an int8 or float8_e4m3fn matrix .* torch.int32 \[3, 32\]"),
+        (p._replace(w=p.w.float()), r"w must be an int8 or .* torch.float32 \[8, 32\]"),
         (p._replace(w=p.w.T.contiguous().T), "w must be .* unit inner stride"),
         (p._replace(w=p.w[:, :31]), r"w must be \[8, 32\] for q \[3, 32\], .*; got \[8, 31\]"),
-        (p._replace(q=p.q[:, :0]), "with K from 1 to 131072"),
+        (p._replace(q=p.q[:, :0]), "with K from 1, of int8 to 131072"),
         (p._replace(x_scale=p.x_scale[:2]), r"x_scale must be a contiguous \[3\], got \[2\]"),
         (p._replace(w_scale=p.w_scale[:, None]), r"w_scale must be a contiguous \[8\], got \[8, 1\]"),
         (p._replace(bias=p.bias[:1].expand(8)), r"bias must be a contiguous \[8\], got \[8\]"),

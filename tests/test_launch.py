@@ -66,8 +66,8 @@ def launches() -> dict[str, Callable[[], Any]]:
     from fastllm.kernels import quant_matmul as quant_matmul_module
     from fastllm.kernels.dequantize import dequantize
     from fastllm.kernels.expert_matmul import expert_matmul, plan_experts
-    from fastllm.kernels.int8_matmul import int8_matmul, quantize_rows
     from fastllm.kernels.quant_matmul import quant_matmul
+    from fastllm.kernels.scaled_matmul import quantize_rows, scaled_matmul
 
     for module in (dequantize_module, quant_matmul_module):
         module.uses_ptx = lambda _: True  # as on a GPU
@@ -103,7 +103,10 @@ def launches() -> dict[str, Callable[[], Any]]:
     q, ones = torch.zeros(5, 4096, dtype=torch.int8), torch.ones(4096)
     w8 = torch.zeros(4096, 4096, dtype=torch.int8)
     found["int8 rows"] = lambda: quantize_rows(x)
-    found["int8 products"] = lambda: int8_matmul(q, ones[:5], w8, ones, None, brain)
+    found["int8 products"] = lambda: scaled_matmul(q, ones[:5], w8, ones, None, brain)
+    q8, wf8 = (t.to(torch.float8_e4m3fn) for t in (q, w8))
+    found["float8 rows"] = lambda: quantize_rows(x, torch.float8_e4m3fn)
+    found["float8 products"] = lambda: scaled_matmul(q8, ones[:5], wf8, ones, None, brain)
     return found
 
 
@@ -149,8 +152,9 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 
 
 def test_every_launcher_reaches_the_driver(timed: dict[str, list[float]]) -> None:
-    assert len(timed) == 14
-    assert {name: count for name, (count, *_) in timed.items() if count != 1} == {"int8 products": 2}  # sums are split
+    assert len(timed) == 16
+    split = {"int8 products": 2, "float8 products": 2}
+    assert {name: count for name, (count, *_) in timed.items() if count != 1} == split
 
 
 def test_a_launch_costs_little(timed: dict[str, list[float]]) -> None:

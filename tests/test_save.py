@@ -11,8 +11,9 @@ from tiny import build, output
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fastllm.checkpoints.compressed_tensors import Scheme, Stored
+from fastllm.checkpoints.compressed_tensors import Stored
 from fastllm.checkpoints.save import SaveHook
+from fastllm.checkpoints.scheme import Scheme
 from fastllm.formats import IntFormat, QuantizedWeight, dequantize, parse_format
 from fastllm.nn import QuantExperts, QuantLinear
 from fastllm.nn.experts import is_experts

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..formats import IntFormat, parse_format
+from ..formats import Format, IntFormat, parse_format
 
 Patterns = str | Iterable[str]
 SMALLEST = 16  # outputs; a classifier of a few classes is nothing to read and much to lose
@@ -16,9 +16,9 @@ class Choice:
 
     def __init__(
         self,
-        weights: str | IntFormat | Mapping[str, str | IntFormat | None],
+        weights: str | Format | Mapping[str, str | Format | None],
         group_size: int | None = None,
-        lm_head: str | IntFormat | bool | None = None,
+        lm_head: str | Format | bool | None = None,
         include: Patterns = "*",
         exclude: Patterns = (),
         activations: str | None = None,
@@ -30,9 +30,9 @@ class Choice:
             pattern: None if f is None else parse_format(f, group_size, activations=activations)
             for pattern, f in table.items()
         }
-        self.lm_head = parse_format(lm_head) if isinstance(lm_head, (str, IntFormat)) else lm_head
+        self.lm_head = parse_format(lm_head) if isinstance(lm_head, str | Format) else lm_head
 
-    def format(self, name: str, N: int, head_of: Any = None) -> tuple[IntFormat | None, str, str]:
+    def format(self, name: str, N: int, head_of: Any = None) -> tuple[Format | None, str, str]:
         """(the format of the module `name` with N outputs or None, why there is none, what to do about it).
 
         head_of: the model whose output head it is, if it is one.
@@ -47,16 +47,19 @@ class Choice:
     def experts(self, name: str, N: int) -> tuple[IntFormat | None, str, str]:
         """As `format`, for the experts of a mixture: of them only the weights are quantized."""
         format, reason, remedy = self.format(name, N)
+        if format is not None and format.weight_only is None:
+            why = f"of experts only the weights are quantized, and {format.name} is a format of activations too"
+            return None, why, 'give them another one: weights={"*.experts": "int8", "*": "fp8"}'
         return (None if format is None else format.weight_only), reason, remedy
 
-    def _format(self, name: str, is_head: bool) -> tuple[IntFormat | None, str, str]:
+    def _format(self, name: str, is_head: bool) -> tuple[Format | None, str, str]:
         if not matches(name, self.include):
             return None, f"does not match include={self.include!r}", "widen include="
         if matches(name, self.exclude):
             return None, f"matches exclude={self.exclude!r}", "narrow exclude="
         if is_head and self.lm_head is False:
             return None, "lm_head=False", 'pass lm_head="int8"'
-        if is_head and isinstance(self.lm_head, IntFormat):
+        if is_head and isinstance(self.lm_head, Format):
             return self.lm_head, "", ""
         for pattern, format in self.table.items():
             if fnmatchcase(name, pattern):

@@ -1,100 +1,15 @@
-"""The formats `pack-quantized` and `int-quantized` of compressed-tensors: which layer has which scheme.
+"""The `quantization_config` of compressed-tensors: which layers, by groups of targets, have which scheme.
 
-Source: https://github.com/vllm-project/compressed-tensors. A layer `name` of weight [N, K] is stored as
-`name.weight_packed`, `.weight_scale`, `.weight_zero_point` (see `fastllm.formats.QuantizedWeight`) and
-`.weight_shape`, int64 [2] = (N, K), if only its weight is quantized; with activations of 8 bits, as `name.weight`,
-int8 [N, K], and `.weight_scale` [N, 1]. `quantization_config` in config.json says which layers, by groups of targets.
+Source: https://github.com/vllm-project/compressed-tensors. What each scheme stores, `Scheme` says.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from .scheme import FORMAT, METHOD, MIXED, ROUNDING, CheckpointError, Scheme, rounding
 
-from ..formats import IntFormat, QuantizedWeight, to_int8
-
-METHOD, FORMAT, FORMAT_A8, MIXED = "compressed-tensors", "pack-quantized", "int-quantized", "mixed-precision"
-ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
 EXPERTS = r"re:.*\.experts\..*"
-SMALLEST_GROUP = 8
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, or of a kind that cannot be read; the message names the layer and the numbers."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How one layer is stored: as an `IntFormat`, but with any group size, which divides K."""
-
-    bits: int
-    group: int | None
-    symmetric: bool
-    activations: str | None = None
-
-    @classmethod
-    def storing(cls, format: IntFormat, *Ks: int) -> "Scheme | None":
-        """The scheme that stores rows of every length in `Ks` without loss; None if there is none.
-
-        Readers insist that the group divides K. A short last group is written as smaller groups with repeated scales.
-        """
-        group = None if format.group is None else math.gcd(format.group, *Ks)
-        if group is not None and group < SMALLEST_GROUP:
-            return None
-        return cls(format.bits, group, format.symmetric, format.activations)
-
-    @property
-    def file_format(self) -> str:
-        """What compressed-tensors calls it."""
-        return FORMAT_A8 if self.activations else FORMAT
-
-    def entries(self) -> dict[str, Any]:
-        """What a config group says of it."""
-        strategy = {"strategy": "channel"} if self.group is None else {"strategy": "group", "group_size": self.group}
-        weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **strategy}
-        return {"weights": weights, **({"input_activations": dict(ACTIVATIONS)} if self.activations else {})}
-
-    def regroup(self, weight: QuantizedWeight, format: IntFormat, K: int) -> QuantizedWeight:
-        """`weight`, a [N, K] in `format`, with scales and zero points repeated for the groups of this scheme."""
-        if format.group is None or self.group is None or format.group == self.group:
-            return weight
-        times, G = format.group // self.group, K // self.group
-
-        def repeat(t: Tensor) -> Tensor:
-            return t.repeat_interleave(times, 1)[:, :G].contiguous()
-
-        zero = None if weight.zero_point is None else repeat(weight.zero_point)
-        return QuantizedWeight(weight.packed, repeat(weight.scale), zero)
-
-    def shapes(self, N: int, K: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each stored tensor of a weight [N, K]."""
-        G = 1 if self.group is None else K // self.group
-        if self.activations:
-            return {"weight": (N, K), "weight_scale": (N, 1)}
-        shapes: dict[str, tuple[int, ...]] = {
-            "weight_packed": (N, -(-K * self.bits // 32)),
-            "weight_scale": (N, G),
-            "weight_shape": (2,),
-        }
-        if not self.symmetric:
-            shapes["weight_zero_point"] = (-(-N * self.bits // 32), G)
-        return shapes
-
-    def tensors(self, weight: QuantizedWeight, N: int, K: int) -> dict[str, Tensor]:
-        """What is stored of `weight`, a [N, K] whose groups are those of this scheme."""
-        if self.activations:
-            return {"weight": to_int8(weight.packed, K), "weight_scale": weight.scale}
-        parts = {"weight_packed": weight.packed, "weight_scale": weight.scale, "weight_shape": torch.tensor((N, K))}
-        return parts if weight.zero_point is None else {**parts, "weight_zero_point": weight.zero_point}
-
-    def __str__(self) -> str:
-        group = "per channel" if self.group is None else f"groups of {self.group}"
-        activations = ", int8 activations" if self.activations else ""
-        return f"int{self.bits}, {group}, {'symmetric' if self.symmetric else 'asymmetric'}{activations}"
 
 
 def build_config(
@@ -224,11 +139,12 @@ def _check_types(config: Mapping[str, Any]) -> None:
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless `config` describes packed integer weights and nothing else."""
+    """Raise CheckpointError unless `config` describes packed weights, or weights of 8 bits, and nothing else."""
+    whole = config.get("format", FORMAT)
     found = [
         what
         for bad, what in (
-            (config.get("format", FORMAT) not in (FORMAT, FORMAT_A8, MIXED), f"format {config.get('format')!r}"),
+            (whole not in (FORMAT, *ROUNDING.values(), MIXED), f"format {whole!r}"),
             ((config.get("sparsity_config") or {}).get("format", "dense") != "dense", "a sparsity_config"),
             (config.get("kv_cache_scheme") is not None, "a quantized KV cache (kv_cache_scheme)"),
             (bool(config.get("transform_config")), "transforms (transform_config)"),
@@ -239,8 +155,8 @@ def _refuse(config: Mapping[str, Any]) -> None:
     if found:
         raise CheckpointError(
             f"compressed-tensors checkpoint with {' and '.join(found)}: only {FORMAT!r} (weights of 4 or 8 bits, by "
-            f"group or channel) and {FORMAT_A8!r} (weights and activations of 8 bits) are read; load it with "
-            "transformers, which needs the compressed-tensors package"
+            f"group or channel) and {' and '.join(map(repr, ROUNDING.values()))} (weights and activations of 8 bits) "
+            "are read; load it with transformers, which needs the compressed-tensors package"
         )
 
 
@@ -251,19 +167,27 @@ def _read_scheme(name: str, group: Mapping[str, Any], config: Mapping[str, Any])
     strategy = strategy or ("group" if isinstance(size, int) and size > 0 else "channel")
     symmetric = bool(weights.get("symmetric", True))
     whole = config.get("format", FORMAT)
-    file_format = group.get("format") or (whole if whole != MIXED else FORMAT_A8 if activations else FORMAT)
-    a8 = file_format == FORMAT_A8
-    rounding = {"type": "int", "symmetric": True, **{k: v for k, v in activations.items() if k in ACTIVATIONS}}
+    if whole == MIXED:
+        floats = activations.get("type") == "float"
+        whole = ROUNDING["fp8" if floats else "int8"] if activations else FORMAT
+    file_format = group.get("format") or whole
+    a8 = next((name for name, known in ROUNDING.items() if known == file_format), None)
+    kind = "float" if a8 == "fp8" else "int"
+    wanted = rounding(kind)
+    rounds = {"type": "int", "symmetric": True, **{k: v for k, v in activations.items() if k in wanted}}
     found = [
         what
         for bad, what in (
             (not weights, "no weights"),
             (bool(group.get("output_activations")), "quantized activations (output_activations)"),
-            (bool(activations) and not a8, "quantized activations (input_activations) of packed weights"),
-            (a8 and rounding != ACTIVATIONS, f"input_activations {rounding}"),
-            (a8 and (bits, strategy, symmetric) != (8, "channel", True), f"{FORMAT_A8} weights of another kind"),
-            (file_format not in (FORMAT, FORMAT_A8), f"format {file_format!r}"),
-            (weights.get("type", "int") != "int", f"type {weights.get('type')!r}"),
+            (bool(activations) and a8 is None, "quantized activations (input_activations) of packed weights"),
+            (a8 is not None and rounds != wanted, f"input_activations {rounds}"),
+            (
+                a8 is not None and (bits, strategy, symmetric) != (8, "channel", True),
+                f"{file_format} weights of another kind",
+            ),
+            (file_format != FORMAT and a8 is None, f"format {file_format!r}"),
+            (weights.get("type", "int") != kind, f"type {weights.get('type', 'int')!r}"),
             (bits not in (4, 8), f"num_bits {bits!r}"),
             (strategy not in ("group", "channel"), f"strategy {strategy!r}"),
             (strategy == "group" and not (type(size) is int and size > 0), f"group_size {size!r}"),
@@ -278,7 +202,8 @@ def _read_scheme(name: str, group: Mapping[str, Any], config: Mapping[str, Any])
     if found:
         raise CheckpointError(
             f"config_groups.{name} has {' and '.join(found)}: only integer weights of 4 or 8 bits, by group or "
-            "channel, in their original order are read, and symmetric ones of 8 bits by channel with activations of 8 "
-            "bits, dynamic, by token; load it with transformers, or quantize the dense checkpoint"
+            "channel, in their original order are read, and symmetric ones of 8 bits, or floats of 8 bits, by channel "
+            "with activations of the same kind, dynamic, by token; load it with transformers, or quantize the dense "
+            "checkpoint"
         )
-    return Scheme(bits, size if strategy == "group" else None, symmetric, "int8" if a8 else None)
+    return Scheme(bits, size if strategy == "group" else None, symmetric, a8)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from .compressed_tensors import CheckpointError
+from .scheme import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 

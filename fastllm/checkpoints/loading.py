@@ -12,12 +12,13 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..formats import IntFormat
+from ..formats import Format
 from ..probe import outputs, probe, reads_tokens, refuse_nan
 from .choice import Patterns
-from .compressed_tensors import METHOD, CheckpointError, Stored
+from .compressed_tensors import Stored
 from .headers import INDEX, find_files, read_headers
 from .quantizer import FastllmConfig
+from .scheme import METHOD, CheckpointError
 
 
 def load(
@@ -25,11 +26,11 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
-    weights: str | IntFormat | Mapping[str, str | IntFormat | None] | None = None,
+    weights: str | Format | Mapping[str, str | Format | None] | None = None,
     activations: str | None = None,
     group_size: int | None = None,
     method: str | None = None,
-    lm_head: str | IntFormat | bool | None = None,
+    lm_head: str | Format | bool | None = None,
     include: Patterns = "*",
     exclude: Patterns = (),
     quiet: bool = False,
@@ -52,7 +53,7 @@ def load(
     ValueError (CheckpointError is one) naming the layer or file, the numbers and what to do.
     """
     if activations is not None and weights is None:
-        raise ValueError(f"activations={activations!r} goes with weights='int8', of a dense checkpoint")
+        raise ValueError(f"activations={activations!r} goes with weights={activations!r}, of a dense checkpoint")
     folder = Path(path)
     if folder.suffix == ".gguf":
         others = {"device_map": device_map, "weights": weights, "auto_class": auto_class, **kwargs}

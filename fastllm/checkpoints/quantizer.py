@@ -15,15 +15,16 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import IntFormat
+from ..formats import Format
 from ..nn.experts import is_experts, up_name
 from ..nn.linear import move_hook
 from ..progress import track
 from .choice import Choice, Patterns
-from .compressed_tensors import CheckpointError, Stored
+from .compressed_tensors import Stored
 from .headers import Header, read_headers
 from .names import Names, without
 from .save import SaveHook
+from .scheme import CheckpointError
 from .slots import ExpertSlots, Slot, is_linear, understood
 from .validate import packed_experts, validate
 
@@ -37,10 +38,10 @@ class FastllmConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        weights: str | IntFormat | Mapping[str, str | IntFormat | None] = "int4",
+        weights: str | Format | Mapping[str, str | Format | None] = "int4",
         group_size: int | None = None,
         method: str | None = None,
-        lm_head: str | IntFormat | bool | None = None,
+        lm_head: str | Format | bool | None = None,
         include: Patterns = "*",
         exclude: Patterns = (),
         quiet: bool = True,
@@ -68,7 +69,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [_plain(v) for v in value]
-    return value.name if isinstance(value, IntFormat) else value
+    return value.name if isinstance(value, Format) else value
 
 
 class Quantize(ConversionOps):
@@ -130,10 +131,10 @@ class FastllmQuantizer(HfQuantizer):
         choice, head = self.settings.choice(), model.get_output_embeddings()
         for name, module in model.named_modules():
             if is_experts(module):
-                format, _, _ = choice.experts(name, module.down_proj.shape[1])
-                if format is not None:
+                weight_only, _, _ = choice.experts(name, module.down_proj.shape[1])
+                if weight_only is not None:
                     understood(name, module)
-                    self.slots[name] = ExpertSlots(module, module.down_proj.dtype, dense=format)
+                    self.slots[name] = ExpertSlots(module, module.down_proj.dtype, dense=weight_only)
             elif is_linear(module):
                 transposed, weight = not isinstance(module, nn.Linear), module.weight
                 shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
@@ -158,6 +159,11 @@ class FastllmQuantizer(HfQuantizer):
         names, head = Names(model), model.get_output_embeddings()
         for name, module in model.named_modules():
             if is_experts(module) and packed_experts(model, name, headers):
+                if stored.experts().activations == "fp8":
+                    raise CheckpointError(
+                        f"{name}: experts in float8 are not read; load it with transformers, or quantize the dense "
+                        "checkpoint to int8"
+                    )
                 understood(name, module)
                 parts = {}
                 for which, weight in (("up", up_name(module)), ("down", "down_proj")):

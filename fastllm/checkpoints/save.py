@@ -16,8 +16,9 @@ from transformers.quantizers import HfQuantizer
 from ..formats import QuantizedWeight, dequantize
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import up_name
-from .compressed_tensors import Scheme, build_config
+from .compressed_tensors import build_config
 from .names import Names, expert_weights, without
+from .scheme import Scheme
 
 MISSING = object()
 

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import IntFormat, QuantizedWeight, from_int8
+from ..formats import Format, IntFormat, QuantizedWeight, from_fp8, from_int8
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import agrees, up_name
 from ..quantizers import quantize
-from .compressed_tensors import CheckpointError, Scheme
+from .scheme import CheckpointError, Scheme
 
 PACKED = {
-    "weight": torch.int8,
     "weight_packed": torch.int32,
     "weight_zero_point": torch.int32,
     "weight_shape": torch.int64,
@@ -41,15 +40,16 @@ class Slot(nn.Module):
         dtype: torch.dtype,
         bias: bool,
         scheme: Scheme | None = None,
-        dense: IntFormat | None = None,
+        dense: Format | None = None,
         transposed: bool = False,
     ):
         super().__init__()
         self.shape, self.dtype, self.scheme, self.dense, self.transposed = shape, dtype, scheme, dense, transposed
         self.quantized: list[QuantLinear] = []  # a list hides it from `modules()`
         if scheme is not None:
+            types = PACKED | {"weight": scheme.dtype}
             for part, size in scheme.shapes(*shape).items():
-                self._parameters[part] = _empty(size, PACKED.get(part, dtype))
+                self._parameters[part] = _empty(size, types.get(part, dtype))
         elif dense is not None:
             self._parameters["weight"] = _empty(shape[::-1] if transposed else shape, dtype)
         self.bias = _empty(shape[:1], dtype) if bias else None
@@ -86,6 +86,11 @@ class Slot(nn.Module):
             raise CheckpointError(
                 f"{name}.weight_scale has {bad} values that are NaN or infinite: the file is damaged"
             )
+        if self.scheme.activations == "fp8":
+            weight = parts["weight"].detach()
+            if bad := int(weight.isnan().sum()):
+                raise CheckpointError(f"{name}.weight has {bad} values that are NaN: the file is damaged")
+            return QuantizedWeight(from_fp8(weight), scale.detach().to(self.dtype))
         if self.scheme.activations:
             return QuantizedWeight(from_int8(parts["weight"].detach()), scale.detach().to(self.dtype))
         packed = parts["weight_packed"].detach()
@@ -112,14 +117,14 @@ def _expect(weight: Tensor, shape: tuple[int, ...]) -> None:
         raise CheckpointError(f"the checkpoint has a weight {list(weight.shape)}, the model {list(shape)}")
 
 
-def _quantize(weight: Tensor, format: IntFormat | None, method: str | None) -> QuantLinear:
+def _quantize(weight: Tensor, format: Format | None, method: str | None) -> QuantLinear:
     """The layer is prepared at once, so that memory at rest is used again for the next one."""
     assert format is not None
     packed = quantize(weight.detach(), format, method or ("hqq" if format.bits == 4 else "rtn"))
     return QuantLinear(packed, (weight.shape[0], weight.shape[1]), format)
 
 
-def coalesce(weight: QuantizedWeight, scheme: Scheme, K: int, name: str) -> tuple[QuantizedWeight, IntFormat]:
+def coalesce(weight: QuantizedWeight, scheme: Scheme, K: int, name: str) -> tuple[QuantizedWeight, Format]:
     """(weight, format) with groups that kernels know: neighbouring groups whose scales are equal become one.
 
     `Scheme.storing` writes such groups for a K that the group does not divide. Raises CheckpointError without
@@ -127,7 +132,7 @@ def coalesce(weight: QuantizedWeight, scheme: Scheme, K: int, name: str) -> tupl
     """
     stored = scheme.group
     if stored is None or stored % 32 == 0:
-        return weight, IntFormat(scheme.bits, stored, scheme.symmetric, scheme.activations)
+        return weight, scheme.format
     tensors = [t for t in (weight.scale, weight.zero_point) if t is not None]
     for group in (g for g in range(256, 31, -32) if g % stored == 0):
         first = torch.arange(K // stored) // (group // stored) * (group // stored)
@@ -154,7 +159,7 @@ class ExpertSlots(nn.Module):
         dtype: torch.dtype,
         scheme: Scheme | None = None,
         parts: dict[str, list[str]] | None = None,
-        dense: IntFormat | None = None,
+        dense: Format | None = None,
     ):
         super().__init__()
         self.weights = {"up": up_name(shell), "down": "down_proj"}
@@ -211,7 +216,9 @@ class ExpertSlots(nn.Module):
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*taken, strict=True)]
         _, N, K = self.shapes[which]
         weight, format = coalesce(QuantizedWeight(*joined), self.scheme, K, name)
-        return QuantLinear(weight, (N, K), format.weight_only)  # experts leave activations as they are
+        weight_only = format.weight_only  # experts leave activations as they are
+        assert weight_only is not None, "experts in float8 were refused"
+        return QuantLinear(weight, (N, K), weight_only)
 
     def finish(self, name: str) -> QuantExperts:
         shell = copy.copy(self._shell[0])

@@ -12,15 +12,14 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .compressed_tensors import CheckpointError
 from .headers import Header
+from .scheme import CheckpointError
 from .slots import Slot
 
 if TYPE_CHECKING:
     from .quantizer import FastllmQuantizer
 
 DTYPES = {
-    "weight": ("I8",),
     "weight_packed": ("I32",),
     "weight_zero_point": ("I32",),
     "weight_shape": ("I64", "I32"),
@@ -82,8 +81,9 @@ def _check(name: str, header: Header, shape: tuple[int, ...], module: nn.Module)
     part, of = name.rpartition(".")[2], ""
     if isinstance(module, Slot):
         of = f" for a weight {list(module.shape)}" + ("" if module.scheme is None else f" in {module.scheme}")
-        if module.scheme is not None and header.dtype not in DTYPES.get(part, (header.dtype,)):
-            wanted = " or ".join(DTYPES[part])
+        types = DTYPES | {"weight": ("F8_E4M3",) if module.scheme and module.scheme.activations == "fp8" else ("I8",)}
+        if module.scheme is not None and header.dtype not in types.get(part, (header.dtype,)):
+            wanted = " or ".join(types[part])
             raise CheckpointError(f"{name} has dtype {header.dtype}, not {wanted}: {header.file} is damaged")
     if header.shape != shape:
         raise CheckpointError(

@@ -24,9 +24,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise: str) -> None:
-    parser.add_argument("--weights", default=default, metavar="FORMAT", help=f"int4, int8, int4-g64, ...; {otherwise}")
     parser.add_argument(
-        "--activations", choices=("int8",), help="round the layers' inputs as well; needs --weights int8; default: no"
+        "--weights", default=default, metavar="FORMAT", help=f"int4, int8, fp8, int4-g64, ...; {otherwise}"
+    )
+    parser.add_argument(
+        "--activations",
+        choices=("int8", "fp8"),
+        help="round the layers' inputs as well; goes with --weights of the same name; default: no, but fp8 has it",
     )
     parser.add_argument(
         "--group-size", type=int, metavar="N", help="weights per scale, in place of the format's; -1: one per channel"

@@ -10,7 +10,7 @@ from typing import Any
 HELP = "versions, devices, and which kernels can run here"
 REQUIRED = ("fastllm-kernels", "torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
 OPTIONAL = ("accelerate", "compressed-tensors", "gguf", "peft", "torchao", "bitsandbytes")
-EXAMPLES = ("int4", "int8", "int8-a8")  # formats, of a weight as below
+EXAMPLES = ("int4", "int8", "int8-a8", "fp8-a8")  # formats, of a weight as below
 N, K = 4096, 4096
 
 

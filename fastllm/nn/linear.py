@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import IntFormat, QuantizedWeight, check, dequantize, parse_format
-from ..ops import int8_matmul_dynamic, layout_for, layouts_of, quant_matmul
+from ..formats import Format, QuantizedWeight, check, dequantize, parse_format
+from ..ops import dynamic_matmul, layout_for, layouts_of, quant_matmul
 from ..quantizers import quantize
 
 
 class QuantLinear(nn.Module):
-    """y = x @ W.T + bias, with W [out_features, in_features] stored in an `IntFormat`.
+    """y = x @ W.T + bias, with W [out_features, in_features] stored in a `Format`.
 
     x [..., in_features] in float16, bfloat16 or float32; y [..., out_features] in the dtype of x. Differentiable with
-    respect to x, so adapters train on top of it; the weight itself does not learn. With the format "int8-a8" each row
-    of x is rounded to 8 bits on the way in, and the products are integers.
+    respect to x, so adapters train on top of it; the weight itself does not learn. With the formats "int8-a8" and
+    "fp8-a8" each row of x is rounded to 8 bits on the way in, and products are of two such numbers.
 
     The parameters have the names and, whenever they leave the module (`state_dict`, copying, moving), the layout of a
     compressed-tensors checkpoint. Between those moments the packed weight is permuted for the device it lies on.
@@ -34,7 +34,7 @@ class QuantLinear(nn.Module):
     _scale: Tensor
     _zero: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, shape: tuple[int, int], format: IntFormat, bias: Tensor | None = None):
+    def __init__(self, weight: QuantizedWeight, shape: tuple[int, int], format: Format, bias: Tensor | None = None):
         """weight: at rest; its tensors are taken over, not copied. shape: (out_features, in_features).
 
         Raises ValueError if the tensors cannot be such a weight.
@@ -61,7 +61,7 @@ class QuantLinear(nn.Module):
     def from_linear(
         cls,
         linear: Any,
-        format: str | IntFormat = "int4",
+        format: str | Format = "int4",
         method: str | None = None,
         group_size: int | None = None,
     ) -> "QuantLinear":
@@ -86,7 +86,7 @@ class QuantLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool,
-        format: IntFormat,
+        format: Format,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "meta",
     ) -> "QuantLinear":
@@ -157,7 +157,7 @@ class QuantLinear(nn.Module):
         buffers: dict[str, Any] = self._buffers
         if self.format.activations:
             w, scale, zero, bias = parameters["weight_packed"], buffers["_scale"], buffers["_zero"], parameters["bias"]
-            return int8_matmul_dynamic(x, w, scale, zero, bias, self.out_features, self.layout)
+            return dynamic_matmul(x, w, scale, zero, bias, self.out_features, self.layout, self.batch_invariant)
         return quant_matmul(
             x,
             parameters["weight_packed"],

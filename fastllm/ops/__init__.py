@@ -4,27 +4,41 @@ from collections.abc import Mapping
 
 import torch
 
-from ..formats import IntFormat
-from .int8_matmul import INT8_LAYOUTS, int8_matmul_dynamic
+from ..formats import Format, Fp8Format
+from .dynamic_matmul import DYNAMIC_LAYOUTS, dynamic_matmul
+from .fp8_matmul import FP8_LAYOUTS
+from .int8_matmul import INT8_LAYOUTS
 from .layout import Layout, choose
 from .quant_matmul import LAYOUTS, choose_layout, quant_matmul
 
 __all__ = [
+    "DYNAMIC_LAYOUTS",
+    "FP8_LAYOUTS",
     "INT8_LAYOUTS",
     "LAYOUTS",
     "choose_layout",
-    "int8_matmul_dynamic",
+    "dynamic_matmul",
     "layout_for",
     "layouts_of",
     "quant_matmul",
+    "what_runs",
 ]
 
 
-def layouts_of(format: IntFormat) -> Mapping[str, Layout]:
+def layouts_of(format: Format) -> Mapping[str, Layout]:
     """Those of the op that multiplies by weights of `format`."""
+    if isinstance(format, Fp8Format):
+        return FP8_LAYOUTS
     return INT8_LAYOUTS if format.activations else LAYOUTS
 
 
-def layout_for(format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> Layout:
+def layout_for(format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> Layout:
     """The layout of a weight [N, K] of `format` for activations of `dtype`; ValueError, with reasons, if none fits."""
     return choose(layouts_of(format), format, N, K, dtype, device)[0]
+
+
+def what_runs(format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What multiplies by a weight [N, K] of `format`, for the report; with reasons where that is slow."""
+    layout, refused = choose(layouts_of(format), format, N, K, dtype, device)
+    why = "; ".join(", ".join(reasons) for reasons in refused.values())
+    return f"{layout.runs} ({why})" if layout.slow else layout.runs

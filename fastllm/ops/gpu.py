@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..formats import IntFormat, QuantizedWeight, scale_groups
+from ..formats import Format, QuantizedWeight, scale_groups
 from .layout import Layout, Prepared, Rest
 from .planar import from_planar, to_planar, unpack_planar
 
@@ -18,7 +18,7 @@ SCRATCH = 1 << 24  # weights that are dense at any one time: 32 MiB in 16 bits, 
 class Planar(Layout):
     name, runs = "planar", "triton dequant-matmul"
 
-    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return [
             why
             for bad, why in (
@@ -28,11 +28,11 @@ class Planar(Layout):
             if bad
         ]
 
-    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+    def pack(self, weight: QuantizedWeight, format: Format, shape: tuple[int, int]) -> Prepared:
         prepared = Rest().pack(weight, format, shape)
         return prepared._replace(w=to_planar(weight.packed, shape[1], format.bits))
 
-    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+    def unpack(self, w: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
         return from_planar(w.clone(), shape[1], format.bits)
 
     def step(self, K: int) -> int:

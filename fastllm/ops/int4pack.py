@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import IntFormat, QuantizedWeight, pack_bits, unpack_bits, unpack_zero_point
+from ..formats import Format, QuantizedWeight, pack_bits, unpack_bits, unpack_zero_point
 from .layout import Layout, Prepared
 
 TILE = 64  # rows of a block in the widest variant of the layout; N is padded to a multiple of it
@@ -43,7 +43,7 @@ class Int4Pack(Layout):
     name, runs = "int4pack", "aten int4pack / bf16 GEMM"
     direct_rows = 80  # rows of x up to which the operator beats dequantising and a GEMM
 
-    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return [
             why
             for bad, why in (
@@ -58,7 +58,7 @@ class Int4Pack(Layout):
             if bad
         ]
 
-    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+    def pack(self, weight: QuantizedWeight, format: Format, shape: tuple[int, int]) -> Prepared:
         (N, K), group = shape, format.group_of(shape[1])
         g = native_group(group, K)
         rows, cols = -(-N // TILE) * TILE, -(-K // g) * g
@@ -77,7 +77,7 @@ class Int4Pack(Layout):
         # the zero points are in `pairs`; passing them on tells that there are some
         return Prepared(w, pad(pairs, (0, 0, 0, rows - N)).to(torch.bfloat16).contiguous(), weight.zero_point)
 
-    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+    def unpack(self, w: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
         N, K = shape
         packed = torch.empty(N, format.words(K), dtype=torch.int32, device="cpu")
         for rows in self._chunks(N, K):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ..formats import IntFormat, QuantizedWeight
+from ..formats import Format, QuantizedWeight
 from .layout import Layout, Prepared
 
 TILE = 16  # `aten._weight_int8pack_mm` reads past the end of a weight whose sides are no multiples of it
@@ -19,7 +19,7 @@ OUTPUT_SCRATCH = 1 << 24  # float32 sums held at a time
 EXPONENT_BITS, EXPONENT_OF_2_13 = 0x7F800000, (2 * 127 + 13) << 23
 
 
-def _why_not(format: IntFormat, device: torch.device) -> list[str]:
+def _why_not(format: Format, device: torch.device) -> list[str]:
     return [
         why
         for bad, why in (
@@ -53,17 +53,17 @@ class Int8Rows(Layout):
     name, runs = "int8rows", "aten int8pack / bf16 GEMM"
     direct_rows = 10  # rows of x up to which the operator beats a cast and a GEMM
 
-    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return _why_not(format, device)
 
-    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+    def pack(self, weight: QuantizedWeight, format: Format, shape: tuple[int, int]) -> Prepared:
         q = _signed(weight.packed)
         rows, cols = -len(q) % TILE, -q.shape[1] % TILE
         if rows or cols:
             q = pad(q, (0, cols, 0, rows))
         return Prepared(q, pad(weight.scale.flatten(), (0, rows)), None)
 
-    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+    def unpack(self, w: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
         return _at_rest(w[: shape[0], : 4 * format.words(shape[1])])
 
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
@@ -89,7 +89,7 @@ class Int8Blocks(Layout):
     name, runs = "int8blocks", "oneDNN u8 x s8"
     smallest = 1 << 22  # weights from which oneDNN's faster reading pays for making the digits
 
-    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         why = _why_not(format, device)
         if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
             why.append("the CPU has no VNNI (without it oneDNN's u8 x s8 saturates)")
@@ -97,11 +97,11 @@ class Int8Blocks(Layout):
             why.append(f"{N} x {K} is below {self.smallest:,} weights, where plain rows are faster")
         return why
 
-    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+    def pack(self, weight: QuantizedWeight, format: Format, shape: tuple[int, int]) -> Prepared:
         w = torch.ops.onednn.qlinear_prepack(_signed(weight.packed), None)
         return Prepared(w, weight.scale.flatten().float(), torch.zeros(shape[0], dtype=torch.int32, device="cpu"))
 
-    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+    def unpack(self, w: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
         return _at_rest(w.to_dense().t())
 
     def step(self, K: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..formats import IntFormat, QuantizedWeight, scale_groups, unpack_bits, unpack_zero_point
+from ..formats import Format, QuantizedWeight, scale_groups, unpack_bits, unpack_zero_point
 
 SCRATCH = 1 << 21  # weights that are dense at any one time: a few MB, so that they stay in the cache
 
@@ -26,17 +26,18 @@ class Layout(ABC):
 
     name: str
     runs: str  # what runs on it, for the report
+    slow = False  # whether dense weights would be as fast, so that the report says why nothing faster runs
 
     @abstractmethod
-    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         """Why it cannot hold such a weight for activations of `dtype`; empty if it can."""
 
     @abstractmethod
-    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+    def pack(self, weight: QuantizedWeight, format: Format, shape: tuple[int, int]) -> Prepared:
         """From rest to this layout. May reuse, and so overwrite, `weight.packed`."""
 
     @abstractmethod
-    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+    def unpack(self, w: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
         """The inverse: `packed` at rest, exact to the bit. Leaves `w` as it is."""
 
     @abstractmethod
@@ -90,8 +91,29 @@ class Layout(ABC):
         return total.to(grad.dtype).view(*grad.shape[:-1], K)
 
 
+class DynamicLayout(Layout):
+    """A layout whose product rounds the activations as well, row by row, to the type that its weights have."""
+
+    activations: str  # "int8" or "fp8"
+
+    @abstractmethod
+    def multiply(self, x: Tensor, p: Prepared, bias: Tensor | None, N: int, batch_invariant: bool = False) -> Tensor:
+        """x [M, K] -> [M, N] in x's dtype, rounded once."""
+
+    def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
+        return self.multiply(x, p, None, N)
+
+    def unfit(self, format: Format) -> list[str]:
+        """Why it cannot hold `format` wherever it is."""
+        if format.activations == self.activations:
+            return []
+        if format.activations is None:
+            return [f"it rounds activations, which {format.name} leaves as they are"]
+        return [f"it multiplies {self.activations}, not {format.activations}"]
+
+
 def choose(
-    layouts: Mapping[str, Layout], format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device
+    layouts: Mapping[str, Layout], format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Layout, dict[str, list[str]]]:
     """The first of `layouts` that can hold the weight, and why those before it cannot: {name: reasons}.
 
@@ -111,14 +133,14 @@ class Rest(Layout):
 
     name, runs = "rest", "dequantise + matmul"
 
-    def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return ["it leaves activations as they are"] if format.activations else []
 
-    def pack(self, weight: QuantizedWeight, format: IntFormat, shape: tuple[int, int]) -> Prepared:
+    def pack(self, weight: QuantizedWeight, format: Format, shape: tuple[int, int]) -> Prepared:
         zero = None if weight.zero_point is None else unpack_zero_point(weight.zero_point, format.bits, shape[0])
         return Prepared(weight.packed, weight.scale, zero)
 
-    def unpack(self, w: Tensor, format: IntFormat, shape: tuple[int, int]) -> Tensor:
+    def unpack(self, w: Tensor, format: Format, shape: tuple[int, int]) -> Tensor:
         return w
 
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:

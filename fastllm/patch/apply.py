@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoints import SaveHook
-from ..formats import IntFormat
+from ..formats import Format
 from ..nn import QuantExperts, QuantLinear
 from ..nn.linear import move_hook
 from ..probe import outputs, probe, refuse_nan
@@ -32,12 +32,12 @@ class Patch:
 
 def optimize(
     model: Any,
-    weights: str | IntFormat | Mapping[str, str | IntFormat | None] = "int4",
+    weights: str | Format | Mapping[str, str | Format | None] = "int4",
     *,
     activations: str | None = None,
     group_size: int | None = None,
     method: str | None = None,
-    lm_head: str | IntFormat | bool | None = None,
+    lm_head: str | Format | bool | None = None,
     include: Patterns = "*",
     exclude: Patterns = (),
     min_coverage: float = 0.5,
@@ -49,11 +49,13 @@ def optimize(
 ) -> Report:
     """Quantize the weights, on request the activations too, of a Hugging Face model in place; return a report.
 
-    weights:      "int4", "int8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module names:
-                  format or None}, of which the first match counts and what matches none stays dense
+    weights:      "int4", "int8", "fp8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module
+                  names: format or None}, of which the first match counts and what matches none stays dense
     activations:  "int8": the inputs of the layers, too, are rounded to 8 bits when they come, token by token, and the
                   products are integers; needs weights="int8". The output head and experts keep theirs (insist on the
-                  head's with lm_head="int8-a8"). In a mapping, "int8-a8" names such a format
+                  head's with lm_head="int8-a8"). In a mapping, "int8-a8" names such a format.
+                  "fp8": to float8, which weights="fp8" always does; it is for GPUs of compute capability 8.9 and
+                  newer, and leaves experts as they are
     group_size:   weights per scale, in place of what `weights` says, but not in lm_head; -1: one per output channel
     method:       "rtn" or "hqq" (see `fastllm.quantizers`); by default hqq for 4 bits and rtn for 8
     lm_head:      the format of the output head; False: leave it; True: as `weights` says; by default one scale per

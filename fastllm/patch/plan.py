@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.choice import Choice, Patterns
-from ..formats import IntFormat
+from ..formats import Format
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import is_experts, up_name
-from ..ops import layout_for
+from ..ops import what_runs
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Decision:
     before: int  # bytes read per token, now
     after: int
     layers: int = 1
-    format: IntFormat | None = None  # None: left alone
+    format: Format | None = None  # None: left alone
     runs: str = ""  # the kernel
     reason: str = ""  # why it is left alone
     remedy: str = ""
@@ -83,9 +83,9 @@ class Planner:
 
     def __init__(
         self,
-        weights: str | IntFormat | Mapping[str, str | IntFormat | None],
+        weights: str | Format | Mapping[str, str | Format | None],
         group_size: int | None,
-        lm_head: str | IntFormat | bool | None,
+        lm_head: str | Format | bool | None,
         include: Patterns,
         exclude: Patterns,
         activations: str | None = None,
@@ -134,12 +134,11 @@ class Planner:
         return decision
 
     def _take(
-        self, decision: Decision, format: IntFormat, N: int, K: int, weight: nn.Parameter, count: int, bias: bool
+        self, decision: Decision, format: Format, N: int, K: int, weight: nn.Parameter, count: int, bias: bool
     ) -> int:
         """Choose `format` for `count` weights [N, K]; return the bytes that they will have."""
-        layout = layout_for(format, N, K, weight.dtype, weight.device)
-        decision.format = format
-        decision.runs = f"{format.name}, {layout.runs}"
+        runs = what_runs(format, N, K, weight.dtype, weight.device)
+        decision.format, decision.runs = format, f"{format.name}, {runs}"
         return count * (format.bytes(N, K, weight.element_size()) + bias * N * weight.element_size())
 
     def _share(self, model: Any, count: int) -> float:
