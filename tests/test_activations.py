@@ -16,9 +16,11 @@ from fastllm import QuantExperts, QuantLinear
 from fastllm.checkpoints.gguf import load_gguf
 from fastllm.data import sample_text
 from fastllm.diagnose import perplexity
-from fastllm.ops import INT8_LAYOUTS
+from fastllm.ops import FP8_LAYOUTS, INT8_LAYOUTS
 
 QUIET = {"quiet": True}
+KINDS = ("int8", "fp8")
+CLOSE = {"int8": 0.08, "fp8": 0.16}  # to the original; e4m3 rounds to a sixteenth, int8 to a 254th of the largest
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
 
 
@@ -38,23 +40,28 @@ def rounds_its_input(layer: QuantLinear, original: nn.Module) -> nn.Module:
 
     class Rounded(nn.Module):
         def forward(self, x):
-            scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
-            y = nn.functional.linear((x.float() / scale).round() * scale, layer.dequantize(torch.float32))
+            integers = layer.format.activations == "int8"
+            scale = (x.float().abs().amax(-1, keepdim=True) / (127 if integers else 448)).clamp(min=1e-30)
+            q = x.float() / scale
+            q = q.round() if integers else q.to(torch.float8_e4m3fn).float()
+            y = nn.functional.linear(q * scale, layer.dequantize(torch.float32))
             return (y if layer.bias is None else y + layer.bias.float()).to(x.dtype)
 
     return Rounded()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str) -> None:
+def test_every_family(family: str, kind: str) -> None:
     model = build(family, every_expert=True)
     original = copy.deepcopy(model)
     keys, shown, logits, tied = list(model.state_dict()), str(model), outputs(model), model.config.tie_word_embeddings
 
-    report = fastllm.optimize(model, "int8", activations="int8", **QUIET)
+    weights = {"*.experts": "int8", "lm_head": "int8", "*": kind} if family in MIXTURES and kind == "fp8" else kind
+    report = fastllm.optimize(model, weights, activations=None if weights != kind else kind, **QUIET)
     assert report.coverage > 0.99 and report.bytes_per_token < 0.56 * report.plan.before
     found = formats(model)
-    assert found["layers"] == {"int8-a8"}
+    assert found["layers"] == {f"{kind}-a8"}
     assert found["experts"] == ({"int8"} if family in MIXTURES else set())
     assert found["head"] == (set() if family == "bert" else {"int8"})
     got = outputs(model)
@@ -63,7 +70,7 @@ def test_every_family(family: str) -> None:
         if isinstance(module, QuantLinear) and module.format.activations:
             twin.set_submodule(name, rounds_its_input(module, twin.get_submodule(name)))
     assert_close(got, outputs(twin).double(), worst=0.2, rms=0.03, dtype=torch.bfloat16)
-    assert 0 < (got - logits).float().norm() < 0.08 * logits.float().norm()
+    assert 0 < (got - logits).float().norm() < CLOSE[kind] * logits.float().norm()
     if family != "bert":
         config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert model.generate(ids(), generation_config=config).shape == (2, 14)
@@ -84,12 +91,17 @@ def test_the_activations_are_what_makes_the_difference() -> None:
     assert not torch.equal(outputs(model), outputs(other))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes(dtype: torch.dtype, kind: str) -> None:
     model = build("llama", dtype)
     logits = outputs(model)
-    with fastllm.optimized(model, "int8", activations="int8", **QUIET):
-        assert_close(outputs(model), logits.double(), worst=0.25, rms=0.05, dtype=dtype)
+    with fastllm.optimized(model, kind, activations=kind, **QUIET):
+        got = outputs(model)
+        assert got.dtype == dtype
+        error = (got - logits).float() / logits.float().square().mean().sqrt()
+        rms = {"int8": 0.05, "fp8": 0.1}[kind]
+        assert 0 < error.square().mean().sqrt() < rms and error.abs().max() < 5 * rms
     assert_equal(outputs(model), logits)
 
 
@@ -102,9 +114,10 @@ def test_one_row_does_not_feel_another() -> None:
     assert_close(both[:1], alone.double(), dtype=torch.float32)
 
 
-def test_compiles_whole() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_whole(kind: str) -> None:
     model = build("llama")
-    fastllm.optimize(model, "int8", activations="int8", **QUIET)
+    fastllm.optimize(model, kind, activations=kind, **QUIET)
     want = outputs(model)
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -120,6 +133,9 @@ def test_the_head_and_patterns_can_be_named() -> None:
             {"weights": {"lm_head": "int4-g32", "*.mlp.*": "int8-a8", "*": "int8"}},
             {"head": {"int4-g32"}, "layers": {"int8-a8", "int8"}},
         ),
+        ({"weights": "fp8"}, {"head": {"int8"}, "layers": {"fp8-a8"}}),
+        ({"weights": "fp8", "lm_head": True}, {"head": {"fp8-a8"}, "layers": {"fp8-a8"}}),
+        ({"weights": {"*.mlp.*": "int8-a8", "*": "fp8"}}, {"head": {"fp8-a8"}, "layers": {"int8-a8", "fp8-a8"}}),
     ):
         model = build("llama")
         fastllm.optimize(model, **settings, **QUIET)
@@ -140,6 +156,17 @@ def test_the_report_says_what_runs_and_what_stays() -> None:
     assert not any(isinstance(m, (QuantLinear, QuantExperts)) for m in model.modules())
 
 
+def test_the_report_says_where_float8_is_no_faster_and_why() -> None:
+    model = build("mixtral")
+    report = fastllm.optimize(model, "fp8", dry_run=True, min_coverage=0)
+    layers = {d.runs for d in report.plan.chosen if d.kind == "linear"}
+    assert layers == {f"fp8-a8, {FP8_LAYOUTS['fp8-rest'].runs} (it runs on a CUDA device, not on cpu)"}
+    (experts,) = {(d.reason, d.remedy) for d in report.plan.skipped}
+    assert "only the weights are quantized" in experts[0] and '"*.experts": "int8"' in experts[1]
+    with pytest.raises(ValueError, match="below min_coverage=95%.*of experts only the weights are quantized"):
+        fastllm.optimize(model, "fp8", min_coverage=0.95)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -148,6 +175,9 @@ def test_the_report_says_what_runs_and_what_stays() -> None:
         ({"weights": "int8-asym"}, "with int8-asym weights"),
         ({"weights": {"lm_head": "int4-g64", "*": "int8"}}, "with int4-g64 weights"),
         ({"weights": "int8", "activations": "fp8"}, "activations='fp8' with int8 weights: use weights='fp8'"),
+        ({"weights": "fp8"}, "fp8 weights with .*activations='int8'"),
+        ({"weights": "fp8", "activations": None, "group_size": 64}, "fp8 weights with group_size=64"),
+        ({"weights": "fp8", "activations": None, "method": "hqq"}, "fp8 weights take method='rtn'"),
         ({"weights": "int8", "activations": "int4"}, "activations='int4': only 'int8' is supported"),
     ],
 )
@@ -159,9 +189,10 @@ def test_what_does_not_go_together_is_refused(settings: dict, message: str) -> N
     assert str(model) == shown
 
 
-def test_nan_inputs_are_seen() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_inputs_are_seen(kind: str) -> None:
     model = build("llama")
-    fastllm.optimize(model, "int8", activations="int8", **QUIET)
+    fastllm.optimize(model, kind, activations=kind, **QUIET)
     with torch.no_grad():
         x = model.get_input_embeddings()(ids())
         x[1, 4, 7] = float("nan")
@@ -179,8 +210,9 @@ def test_a_real_model_stays_itself(tmp_path: Path) -> None:
         return perplexity(model, sample_text(), tokenizer, window=256, windows=4).value
 
     dense = measure()
-    with fastllm.optimized(model, "int8", activations="int8", **QUIET) as report:
-        assert report.coverage > 0.99
-        assert 0.95 * dense < measure() < 1.1 * dense
+    for kind in KINDS:
+        with fastllm.optimized(model, kind, activations=kind, **QUIET) as report:
+            assert report.coverage > 0.99
+            assert 0.95 * dense < measure() < 1.1 * dense, kind
     with fastllm.optimized(model, "int4", **QUIET):
         assert measure() > 1.1 * dense, "the bound above could not fail"

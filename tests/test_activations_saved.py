@@ -28,9 +28,9 @@ WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "s
 UP = "model.layers.1.mlp.up_proj"  # [256, 128]
 
 
-def quantized(family: str = "llama", lm_head: Any = None, **settings: Any) -> Any:
+def quantized(family: str = "llama", lm_head: Any = None, kind: str = "int8", **settings: Any) -> Any:
     model = build(family, **settings)
-    fastllm.optimize(model, "int8", activations="int8", lm_head=lm_head, min_coverage=0, quiet=True)
+    fastllm.optimize(model, kind, activations=kind, lm_head=lm_head, min_coverage=0, quiet=True)
     return model
 
 
@@ -90,6 +90,11 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
     "mixtral": ("mixtral", {}),
     "qwen3 moe": ("qwen3_moe", {"dtype": torch.float32}),
+    "float8": ("llama", {"kind": "fp8"}),
+    "float8 throughout": ("llama", {"kind": "fp8", "lm_head": "fp8", "intermediate_size": 202}),
+    "float8 gemma3": ("gemma3_text", {"kind": "fp8", "tie_word_embeddings": True}),
+    "float8 bias": ("llama", {"kind": "fp8", "attention_bias": True, "dtype": torch.float16}),
+    "float8 mixtral": ("mixtral", {"kind": "fp8"}),
 }
 
 
@@ -99,7 +104,7 @@ def test_what_was_saved_loads_packed_and_saves_the_same(name: str, tmp_path: Pat
     saved = quantized(family, **settings)
     saved.save_pretrained(tmp_path / "a")
     model = fastllm.load(tmp_path / "a", quiet=True)
-    assert formats(model) == formats(saved) and "int8-a8" in formats(model).values()
+    assert formats(model) == formats(saved) and f"{settings.get('kind', 'int8')}-a8" in formats(model).values()
     assert torch.equal(output(model), output(saved))
     model.save_pretrained(tmp_path / "b")
     assert_same_tensors(*(load_file(tmp_path / n / "model.safetensors") for n in "ab"))
