@@ -82,8 +82,8 @@ def test_stock_transformers_reads_it(tmp_path: Path) -> None:
             assert (
                 4e-3 * ours.norm() < (got - ours).norm() < 0.1 * ours.norm()
             )  # which the bound above would have seen
-        else:  # the library divides by 448 as we do
-            assert (got - ours).norm() < 1e-3 * ours.norm()
+        else:  # the library divides by 448 as we do; heads of int8 are multiplied in bfloat16
+            assert (got - ours).norm() < (4e-3 if "int8" in kinds else 1e-3) * ours.norm()
         for layer in model.modules():
             if isinstance(layer, AsCompressedTensors):
                 layer.rounds = None
