@@ -6,7 +6,6 @@ its operands stand for, where it tells; otherwise to the dense weight, with a bo
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastllm.ops
-from fastllm.formats import IntFormat, QuantizedWeight, dequantize, unpack_bits
+from fastllm.formats import Format, IntFormat, QuantizedWeight, dequantize, parse_format, unpack_bits
 from fastllm.ops import LAYOUTS, choose_layout
 from fastllm.ops.int4pack import Int4Pack
 from fastllm.ops.int8 import Int8Blocks, Int8Rows
@@ -25,7 +24,7 @@ from fastllm.quantizers import quantize
 FOREVER = 1 << 30
 FUSED, WHOLE, CHUNKS = "fused kernel", "dequantise + cuBLAS", "dequantise + cuBLAS by chunks"
 # Relative Frobenius errors. EXACT: 16-bit operands, result and weights rounded once more, against the same weight.
-EXACT, ROUNDED = 6e-3, 2e-2
+EXACT, ROUNDED, ROUNDED_FP8 = 6e-3, 2e-2, 4e-2
 # What rounding normal weights to 4 or 8 bits may cost, where only the dense weight is known.
 QUANTIZED = {4: 0.25, 8: 0.03}
 
@@ -33,9 +32,15 @@ QUANTIZED = {4: 0.25, 8: 0.03}
 class Problem:
     """A random dense weight [N, K] and what it is in `format`. Everything else is made when it is first asked for."""
 
-    def __init__(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, format: Format, N: int, K: int, dtype: torch.dtype, device: str) -> None:
         self.format, self.N, self.K, self.dtype, self.device = format, N, K, dtype, device
         self.w = torch.randn(N, K, dtype=dtype, device=device) / K**0.5
+
+    def again(self, format: Format) -> "Problem":
+        """The same dense weight for another format."""
+        other = Problem(format, 1, 1, self.dtype, self.device)
+        other.N, other.K, other.w = self.N, self.K, self.w
+        return other
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -185,22 +190,28 @@ class Kernel(Provider):
         return planar._replace(run={FUSED: fused, WHOLE: dequantised, CHUNKS: by_chunks}[self.name])
 
 
-class Int8Activations(Packed):
-    """int8 weights and activations, the latter rounded row by row within each call."""
+class Activations(Packed):
+    """Weights and activations of 8 bits, the latter rounded row by row within each call. kind: "int8" or "fp8"."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__(name, bits=8)
+        self.kind = kind
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
-        if not hasattr(fastllm.ops, "INT8_LAYOUTS"):
-            return ["this checkout has no product of int8 activations"]
+        if not hasattr(fastllm.ops, f"{self.kind.upper()}_LAYOUTS"):
+            return [f"this checkout has no product of {self.kind} activations"]
         if (format.bits, format.group, format.symmetric) != (8, None, True):
-            return ["it takes symmetric int8 weights with one scale a row"]
+            return ["it is compared with symmetric int8 weights with one scale a row"]
         chosen = self.layout_for(format, N, K, dtype, device)
-        return [] if chosen.name != "int8-rest" else [f"only the definition in plain torch runs on {device}"]
+        return [] if chosen.name != f"{self.kind}-rest" else [f"only the definition in plain torch runs on {device}"]
 
     def layout_for(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> Layout:
-        return fastllm.ops.layout_for(replace(format, activations="int8"), N, K, dtype, torch.device(device))
+        rounding = parse_format(self.kind, activations=self.kind)
+        return fastllm.ops.layout_for(rounding, N, K, dtype, torch.device(device))
 
     def prepare(self, problem: Problem) -> Operands:
-        return super().prepare(problem)._replace(bound=ROUNDED)
+        own = problem.again(parse_format(self.kind, activations=self.kind))
+        return super().prepare(own)._replace(bound=ROUNDED if self.kind == "int8" else ROUNDED_FP8)
 
 
 def variant(kind: type[Layout], **switches: int) -> Layout:
@@ -225,7 +236,8 @@ def own(device: str) -> list[Provider]:
     return [
         Packed("fastllm"),
         *(Kernel(name) for name in (FUSED, WHOLE, CHUNKS)),
-        Int8Activations("fastllm w8a8", bits=8),
+        Activations("fastllm w8a8", "int8"),
+        Activations("fastllm fp8", "fp8"),
     ]
 
 

@@ -212,8 +212,10 @@ def test_whoever_cannot_run_says_why(format: str, monkeypatch: pytest.MonkeyPatc
     assert len(absent) == 9 - 1  # all but tinygemm, which is torch's, and Marlin, which has no wheel
 
 
-def test_int8_activations_are_held_to_a_bound_of_their_own() -> None:
-    provider, format = providers.own("cuda")[4], parse_format("int8")
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rounded_activations_are_held_to_a_bound_of_their_own(kind: str) -> None:
+    (provider,) = [p for p in providers.own("cuda") if getattr(p, "kind", "") == kind]
+    format = parse_format("int8")
     assert provider.reasons(parse_format("int4"), 64, 96, torch.bfloat16, "cpu")
     problem = providers.Problem(format, 64, 256, torch.bfloat16, "cpu")
     made, x = provider.prepare(problem), torch.randn(5, 256, dtype=torch.bfloat16)
