@@ -91,3 +91,20 @@ def test_layer(device):
     assert_equal(again(x), layer(x))
     assert_equal(again.float().bfloat16()(x), layer(x))  # what is cast are the scales, not the floats of 8 bits
     assert_equal(layer.weight_packed, again.weight_packed)
+
+
+def test_a_layer_passes_on_that_it_is_to_be_batch_invariant(device, monkeypatch):
+    layer = QuantLinear.from_linear(torch.nn.Linear(64, 48, device=device), "fp8")
+    kind = type(FP8_LAYOUTS[layer.layout])
+    asked, multiply = [], kind.multiply
+
+    def seen(self, x, p, bias, N, batch_invariant=False):
+        asked.append(batch_invariant)
+        return multiply(self, x, p, bias, N)
+
+    monkeypatch.setattr(kind, "multiply", seen)
+    for invariant in (False, True):
+        layer.batch_invariant = invariant
+        with torch.no_grad():
+            layer(torch.randn(2, 64, device=device))
+    assert asked == [False, True]

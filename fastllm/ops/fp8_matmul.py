@@ -95,7 +95,7 @@ def library_takes(M: int, N: int, dtype: torch.dtype, bias: Tensor | None) -> bo
 def by_library(q: Tensor, x_scale: Tensor, p: Prepared, bias: Tensor | None) -> Tensor:
     """As `scaled_matmul` to bfloat16. q row by row, w column by column, scales float32 [M, 1] and [1, N]."""
     scales = x_scale[:, None], p.scale[None]
-    # without use_fast_accum sums of every 128 products join a float32, as ours do
+    # use_fast_accum would leave sums to the 14 bits or so of the tensor cores
     return torch._scaled_mm(q, p.w.view(FP8).t(), *scales, bias, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
