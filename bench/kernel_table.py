@@ -45,19 +45,19 @@ def floors(per_weight: float, format: tuple[int, int, bool], target: int) -> dic
 def rows() -> list[dict[str, Any]]:
     from offline import FORMATS, Build, compile_one
 
-    from fastllm.kernels.quant_config import rows_of
+    from fastllm.kernels.quant_config import rows_of, tile_of
 
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         for target in (80, 90, 100):
             for row in rows_of(target):
                 for format in FORMATS:
-                    split = 1 if row.tile.PRESCALE else 8
-                    build = Build("_quant_matmul", target, "bf16", *format, tuple(row.tile._replace(SPLIT_K=split)))
+                    tile = tile_of(row, format[0])
+                    build = Build("_quant_matmul", target, "bf16", *format, tuple(tile._replace(SPLIT_K=2)))
                     stats = compile_one(build, Path(scratch))
                     entry = {"target": f"sm_{target}", "rows": min(row.rows, 4096), "format": name_of(format)}
-                    entry |= {"tile": row.tile._asdict(), **stats._asdict()}
-                    if row.tile.BLOCK_M == 16:
+                    entry |= {"tile": tile._asdict(), **stats._asdict()}
+                    if row.rows <= 16 and tile.BLOCK_N == 64:
                         entry["floors"] = floors(stats.per_weight, format, target)
                     found.append(entry)
                     print(json.dumps(entry), flush=True)

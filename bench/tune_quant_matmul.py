@@ -63,11 +63,11 @@ class Card(NamedTuple):
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         return cls(10 * major + minor, sms, cold=cold_bytes("cuda"))
 
-    def present(self, M: int, N: int, K: int) -> Any:
+    def present(self, M: int, N: int, K: int, bits: int) -> Any:
         """What `config` chooses."""
         from fastllm.kernels.quant_matmul import config
 
-        return config(M, N, K, capability=self.capability, multiprocessors=self.multiprocessors)
+        return config(M, N, K, bits, capability=self.capability, multiprocessors=self.multiprocessors)
 
 
 @lru_cache(maxsize=1)
@@ -166,7 +166,7 @@ def tune(
     N, K = shapes[0]
     problem = (M, N, K)
     about = (problem, format.bits, card.capability, card.multiprocessors)
-    main, now = Bench(format, N, K, card, gpu), card.present(*problem)
+    main, now = Bench(format, N, K, card, gpu), card.present(*problem, format.bits)
     tiles = compiled(pool, format.name, card, problem, coarse(now, *about), 0.3 * seconds)
     first = main.times(M, [now, *(t for t in tiles if t != now)], start + 0.5 * seconds)
     best = sorted(first, key=first.__getitem__)[:BEST]
@@ -179,7 +179,7 @@ def tune(
     for N, K in shapes[1:]:
         if time.perf_counter() > start + seconds:
             break
-        here = card.present(M, N, K)
+        here = card.present(M, N, K, format.bits)
         # SPLIT_K follows from the shape: the geometry is compared, with its own split and with the present one
         moved = {t: [t, t._replace(SPLIT_K=here.SPLIT_K)] for t in best}
         wanted = list(dict.fromkeys(t for ts in moved.values() for t in ts))

@@ -13,6 +13,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "BLOCKS": (1, 2, 4),
     "PRESCALE": (False, True),
     "num_warps": (4, 8),
+    "maxnreg": (0, 128),
     "num_stages": (2, 3, 4, 5),
     "SPLIT_K": (1, 2, 3, 4, 6, 8),
 }
@@ -44,7 +45,15 @@ def complaints(
             (shared_bytes(tile, bits) > room, f"{shared_bytes(tile, bits)} bytes of shared memory, there are {room}"),
             (sums > ACCUMULATORS / (1 if prescale else 2), f"{sums:.0f} sums a thread, held twice unless PRESCALE"),
             (tile.BLOCK_M > max(16, 2 * M - 1), f"BLOCK_M={tile.BLOCK_M} is mostly empty at M={M}"),
-            (tile.BLOCK_N * tile.num_warps == 512, "64 columns are too few for eight warps"),
+            (
+                prescale and capability == 90,
+                "sums that carry on: assemblers before CUDA 13.3 overwrite registers that products have yet to read",
+            ),
+            (
+                getattr(tile, "maxnreg", 0) > 0 and tile.num_warps == 4,
+                "four warps have registers enough for several programs",
+            ),
+            (tile.BLOCK_N == 64 and tile.num_warps == 8, "64 columns are too few for eight warps"),
             (tile.SPLIT_K > 1 and steps < 2 * tile.SPLIT_K, f"{steps} steps are too few for SPLIT_K={tile.SPLIT_K}"),
             (
                 tile.SPLIT_K > 1 and tiles * tile.SPLIT_K > PROGRAMS * multiprocessors,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .operands import device_of, interpreted
-from .quant_config import SMALL, Config, Row, rows_of
+from .quant_config import SMALL, Config, Row, rows_of, tile_of
 from .quant_matmul import _launch, _quant_matmul, aligned
 
 
@@ -74,11 +74,11 @@ def block_m(rows: int, device: torch.device) -> int:
     return next(row.tile.BLOCK_M for row in _rows(device) if rows <= row.rows)
 
 
-def expert_tile(BLOCK_M: int, K: int, dtype: torch.dtype, device: torch.device) -> Config:
+def expert_tile(BLOCK_M: int, K: int, bits: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The tile of BLOCK_M rows; K is not shared, for there are programs enough."""
     if dtype == torch.float32 or K % 16:
         return SMALL.tile._replace(BLOCK_M=BLOCK_M)
-    return next(row.tile for row in _rows(device) if row.tile.BLOCK_M == BLOCK_M)
+    return tile_of(next(row for row in _rows(device) if row.tile.BLOCK_M == BLOCK_M), bits)
 
 
 def expert_matmul(
@@ -107,7 +107,8 @@ def expert_matmul(
         y = expert_matmul(x.float(), slots, experts, w, scale, zero, bias, N, bits, group, per_token, tile)
         return y.to(x.dtype)
     if tile is None:
-        tile = expert_tile(len(slots) // len(experts), x.shape[1], x.dtype, x.device)
+        tile = expert_tile(len(slots) // len(experts), x.shape[1], bits, x.dtype, x.device)
+    tile = tile._replace(SPLIT_K=1)
     if len(slots) != len(experts) * tile.BLOCK_M or len(w) % N:
         raise ValueError(f"{len(slots)} slots are not {len(experts)} tiles of {tile.BLOCK_M}, or {len(w)} % {N} > 0")
     y = x.new_empty(len(x) * per_token, N)

@@ -22,11 +22,11 @@ class Plan(NamedTuple):
     compiled: dict[tuple, Any]
 
 
-def on_device(x: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, whatever the tensors' is."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes `device` the current one, on which Triton launches, whatever the tensors' is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
-    return torch.cuda.device(x.device)
+    return torch.cuda.device(device)
 
 
 def launch(

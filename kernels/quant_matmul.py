@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .launch import Plan, launch, on_device
 from .operands import check_operands, device_of, interpreted, uses_ptx
-from .quant_config import Config, config
+from .quant_config import Config, config, options_of
 from .tickets import take_tickets
 from .unpack import subtract, unpack_block
 
@@ -64,7 +64,9 @@ def _quant_matmul(
 
     GROUP is 0 when a row has one scale. A scale holds for SPAN values, which divides 128 and GROUP; a product takes
     RUN of them, which divides SPAN. A step is BLOCKS blocks of 128. EVEN: the programs of a tile share K without rest.
-    PRESCALE: scales are applied to the weights, in x's dtype, and not to the sums of a group, in float32.
+    PRESCALE: scales are applied to the weights, in x's dtype, and all products add to the same sums; otherwise each
+    SPAN has sums of its own, scaled in float32. Not for sm_90: there sums that carry on leave products in flight, and
+    assemblers before CUDA 13.3 overwrite the registers that these have yet to read.
 
     slots, experts: for a mixture. The weights of all experts lie one below the other, and rows are not in order: tile
     m has rows slots[m] (-1: none) of y, which belong to rows slots[m] // per_token of x, and weights of experts[m].
@@ -96,6 +98,8 @@ def _quant_matmul(
     last_block, last_group = tl.cdiv(K, 128) - 1, tl.cdiv(K, GROUP if GROUP else K) - 1
     dtype: tl.constexpr = x.dtype.element_ty
 
+    if GROUP == 0:
+        s = tl.load(scale_ptrs).to(dtype if PRESCALE else tl.float32)  # [BLOCK_N]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(0, steps):
         for b in tl.static_range(BLOCKS):
@@ -114,9 +118,7 @@ def _quant_matmul(
                 else:
                     xs = tl.load(x_ptrs + k, mask=(offs_k < K - k)[:, None] & mask_m[None, :], other=0.0)
                 ws = subtract(_columns(p0, p1, p2, p3, p * RUN // 32, RUN), z, BITS, dtype)
-                if GROUP == 0:
-                    acc = tl.dot(ws, xs, acc, input_precision="ieee")
-                elif PRESCALE:
+                if PRESCALE:
                     acc = tl.dot(ws * s[:, None], xs, acc, input_precision="ieee")
                 else:
                     if p * RUN % SPAN == 0:
@@ -127,8 +129,6 @@ def _quant_matmul(
                         acc += part * s[:, None]
 
     mask = mask_n[:, None] & mask_m[None, :]
-    if GROUP == 0:
-        acc *= tl.load(scale_ptrs).to(tl.float32)[:, None]
     if SPLIT_K > 1:
         part_ptrs, size = partial + offs_m[None, :] * N + offs_n[:, None], M.to(tl.int64) * N
         if _arrive(part_ptrs + pid_k * size, acc, mask, tickets + tile) < SPLIT_K - 1:
@@ -173,7 +173,7 @@ def quant_matmul(
         return y
     if tile is None:
         about = device_of(x.device.index) if x.is_cuda else ()
-        tile = config(M, N, K, x.dtype == torch.float32, batch_invariant, *about)
+        tile = config(M, N, K, bits, x.dtype == torch.float32, batch_invariant, *about)
     if M <= INVARIANT_ROWS or not batch_invariant:
         _launch(aligned(x), w, scale, zero, bias, y, bits, group, tile)
     else:
@@ -206,7 +206,7 @@ def _launch(
     """With experts: operands of all of them, one below the other, and M is the number of slots."""
     (M, N), K = y.shape, x.shape[1]
     w, stride_z, GROUP = check_operands(w, scale, zero, bits, group, K)
-    plan = _plan(M, N, K, bits, GROUP, tile, uses_ptx(x))
+    plan = _plan(M, N, K, bits, GROUP, x.dtype, tile, uses_ptx(x))
     tiles, partial, tickets = plan.tiles, None, None
     if experts is not None:
         tiles = -(-N // tile.BLOCK_N) * len(experts)
@@ -218,12 +218,12 @@ def _launch(
     numbers = (M, N, K, plan.steps, per_token, *strides)
     bias_dtype = None if bias is None else bias.dtype
     kind = (x.dtype, scale.dtype, bias_dtype, zero is None, slots is None, strides, x.device)
-    with on_device(x):
+    with on_device(x.device):
         launch(_quant_matmul, (tiles, tile.SPLIT_K, 1), pointers, numbers, plan, kind)
 
 
 @cache
-def _plan(M: int, N: int, K: int, bits: int, GROUP: int, tile: Config, PTX: bool) -> Plan:
+def _plan(M: int, N: int, K: int, bits: int, GROUP: int, dtype: torch.dtype, tile: Config, PTX: bool) -> Plan:
     """Cached: to work it out anew would double the cost of a launch."""
     steps = -(-K // (128 * tile.BLOCKS * tile.SPLIT_K))
     span = gcd(GROUP, 128)
@@ -236,11 +236,12 @@ def _plan(M: int, N: int, K: int, bits: int, GROUP: int, tile: Config, PTX: bool
         "BLOCK_M": tile.BLOCK_M,
         "BLOCKS": tile.BLOCKS,
         "SPLIT_K": tile.SPLIT_K,
-        "PRESCALE": tile.PRESCALE,
+        # a small scale would lose bits in float16
+        "PRESCALE": tile.PRESCALE and dtype == torch.bfloat16,
         "EVEN": K == steps * tile.SPLIT_K * tile.BLOCKS * 128,
         "PTX": PTX,
     }
     tiles = -(-N // tile.BLOCK_N) * -(-M // tile.BLOCK_M)
     if interpreted(_quant_matmul):
         steps = tl.constexpr(steps)  # NumPy 2.4 refuses a tensor as a loop's bound
-    return Plan(tiles, steps, constants, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, {})
+    return Plan(tiles, steps, constants, options_of(tile, bits, GROUP), {})

@@ -8,6 +8,8 @@ from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sass import longest_loop, overwritten
+
 CAPABILITIES = (80, 90, 100)
 AMD = 942  # gfx942
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, AMD: 64 * 1024}  # bytes that a program may have
@@ -36,6 +38,7 @@ class Stats(NamedTuple):
     """What was built. `per_weight`: instructions of all lanes in the longest loop for one weight.
 
     A change of a tensor's layout that costs something shows as stores to shared memory, or as shuffles, in the loop.
+    overwritten: see `sass.overwritten`.
     """
 
     shared: int
@@ -45,24 +48,26 @@ class Stats(NamedTuple):
     weights_in_registers: bool
     stores_in_loop: int
     shuffles_in_loop: int
+    spills_in_loop: int
     narrow_offsets: int
     per_weight: float
+    overwritten: int
 
 
 def builds(targets: tuple[int, ...], formats: list[tuple[int, int, bool]]) -> Iterator[Build]:
     """Every row of `config` for every format, split and whole, and what has one tile only."""
-    from fastllm.kernels.quant_config import SMALL, rows_of
+    from fastllm.kernels.quant_config import SMALL, rows_of, tile_of
 
     for i, (target, format) in enumerate(product(targets, formats)):
         one, other = ("fp16", "bf16") if i % 2 else ("bf16", "fp16")
         for row in rows_of(80 if target == AMD else target):
-            tile = row.tile
+            tile = tile_of(row, format[0])
             yield Build("_quant_matmul", target, one, *format, tuple(tile._replace(SPLIT_K=8)), "tail")
             if i < len(formats):
                 yield Build("_quant_matmul", target, other, *format, tuple(tile))
         yield Build("_quant_matmul", target, "fp32", *format, tuple(SMALL.tile))
         yield Build("_quant_matmul", target, other, *format, tuple(SMALL.tile), "odd")
-        yield Build("_quant_matmul", target, one, *format, tuple(rows_of(target)[0].tile), "experts")
+        yield Build("_quant_matmul", target, one, *format, tuple(tile_of(rows_of(target)[0], format[0])), "experts")
         yield Build("_dequantize", target, other, *format, (), "whole" if i % 3 else "odd")
 
 
@@ -85,6 +90,8 @@ def signature(build: Build, names: list[str]) -> tuple[dict[str, str], dict[str,
         **dict.fromkeys(absent),
         **({} if build.kind == "experts" else {"per_token": 1}),
     }
+    if build.dtype != "bf16" and "PRESCALE" in constants:
+        constants["PRESCALE"] = False
     constants = {name: value for name, value in constants.items() if name in names}
     types = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
     free = ("M", "steps", "per_token")
@@ -99,7 +106,7 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     from triton.compiler import ASTSource
 
     from fastllm.kernels.dequantize import _dequantize
-    from fastllm.kernels.quant_config import Config
+    from fastllm.kernels.quant_config import Config, options_of
     from fastllm.kernels.quant_matmul import _quant_matmul
 
     kernels = {"_dequantize": _dequantize, "_quant_matmul": _quant_matmul, "_bad_matmul": _bad_matmul}
@@ -113,7 +120,9 @@ def compile_one(build: Build, scratch: Path) -> Stats:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divided},
     )
     tile = Config(*build.tile) if build.tile else Config(32, 0, 1, 0, False, 4, 3)
-    options = {"num_warps": tile.num_warps, "num_stages": 2 if build.target == AMD else tile.num_stages}
+    options = options_of(tile, build.bits, build.group)
+    if build.target == AMD:
+        options["num_stages"] = 2
     target = GPUTarget("hip", "gfx942", 64) if build.target == AMD else GPUTarget("cuda", build.target, 32)
     built = triton.compile(source, target=target, options=options)
     if build.target == AMD:
@@ -131,8 +140,10 @@ def compile_one(build: Build, scratch: Path) -> Stats:
         tensor_cores=found[0] if found else "",
         weights_in_registers=all("dot_op" in line for line in re.findall(r".*warp_group_dot %.*", ttgir)),
         stores_in_loop=sum(" STS" in line for line in loop),
+        spills_in_loop=sum(" STL" in line or " LDL" in line for line in loop),
         shuffles_in_loop=sum(" SHFL" in line or " MOVM" in line for line in loop),
         narrow_offsets=len(re.findall(r"arith\.muli .*tensor<\w+xi32>", built.asm["ttir"])),
+        overwritten=overwritten(dump),
         per_weight=round(len(loop) * 32 * tile.num_warps / (128 * tile.BLOCKS * tile.BLOCK_N), 2),
     )
 
@@ -152,18 +163,8 @@ def amd_stats(built: Any) -> Stats:
         weights_in_registers=True,
         stores_in_loop=0,
         shuffles_in_loop=0,
+        spills_in_loop=0,
         narrow_offsets=len(re.findall(r"arith\.muli .*tensor<\w+xi32>", built.asm["ttir"])),
         per_weight=0.0,
+        overwritten=0,
     )
-
-
-def longest_loop(sass: str) -> list[str]:
-    """The instructions between a branch and the earlier address that it goes to, where they are most."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/(\s+.*)$", sass, re.M)
-    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
-    branches = [(i, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for i, (_, text) in enumerate(lines)]
-    loops = [(place.get(int(to[1], 16), i), i) for i, to in branches if to]
-    start, end = max(
-        (pair for pair in loops if pair[0] < pair[1]), key=lambda pair: pair[1] - pair[0], default=(0, -1)
-    )
-    return [text for _, text in lines[start : end + 1]]

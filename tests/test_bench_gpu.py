@@ -164,7 +164,7 @@ def test_the_end_of_the_output_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("M", [1, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_tiles_tried_are_modest_and_fit(M: int, bits: int) -> None:
-    problem, now = (M, 8192, 8192), config(M, 8192, 8192)
+    problem, now = (M, 8192, 8192), config(M, 8192, 8192, bits)
     coarse = space.coarse(now, problem, bits, 90, 132)
     fine = space.fine(coarse[:4], problem, bits, 90, 132)
     for found in (coarse, fine):
@@ -178,11 +178,13 @@ def test_each_reason_against_a_tile() -> None:
     tile = config(64, 8192, 8192)
     for change, why in (
         ({"BLOCK_M": 256, "BLOCKS": 4, "PRESCALE": True, "num_stages": 5}, "shared memory"),
-        ({"BLOCK_N": 128, "BLOCK_M": 128, "PRESCALE": False}, "sums a thread"),
+        ({"BLOCK_M": 128, "num_warps": 4}, "sums a thread"),
+        ({"num_warps": 4}, "registers enough"),
         ({"BLOCK_M": 128}, "mostly empty"),
-        ({"num_warps": 8}, "too few for eight warps"),
+        ({"BLOCK_N": 64}, "too few for eight warps"),
+        ({"PRESCALE": True}, "overwrite"),
         ({"SPLIT_K": 8, "BLOCKS": 8}, "steps are too few"),
-        ({"SPLIT_K": 16}, "more programs than run at once"),
+        ({"SPLIT_K": 32}, "more programs than run at once"),
         ({"SPLIT_K": 7, "BLOCKS": 4}, "nothing to do"),
     ):
         moved = tile._replace(**change)

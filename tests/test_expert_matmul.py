@@ -73,7 +73,7 @@ def test_close_in_bfloat16(device):
 def test_operands_that_do_not_fit_are_refused(device):
     p = exact(Case(4, 64, False, torch.float16, 4, 120, 256, False, torch.float16), device)
     plan = kernels.plan_experts(torch.zeros(4, dtype=torch.long, device=device), 3, 16)
-    with pytest.raises(ValueError, match="tiles of 64"):
+    with pytest.raises(ValueError, match="tiles of 32"):
         kernels.expert_matmul(p.x, *plan, p.words(), p.scale, p.zero, None, 40, 4, 64, 1, ROWS[90][2].tile)
     with pytest.raises(ValueError, match="scale must be"):
         kernels.expert_matmul(p.x, *plan, p.words(), p.scale[:, 1:], p.zero, None, 40, 4, 64, 1)
@@ -83,8 +83,8 @@ def test_the_tile_follows_the_plan():
     cpu = torch.device("cpu")
     for rows in (1, 16, 17, 64, 100, 5000):
         BLOCK_M = kernels.block_m(rows, cpu)
-        assert kernels.expert_tile(BLOCK_M, 256, torch.float16, cpu).BLOCK_M == BLOCK_M
-        assert kernels.expert_tile(BLOCK_M, 255, torch.float16, cpu) == SMALL.tile._replace(BLOCK_M=BLOCK_M)
+        assert kernels.expert_tile(BLOCK_M, 256, 4, torch.float16, cpu).BLOCK_M == BLOCK_M
+        assert kernels.expert_tile(BLOCK_M, 255, 4, torch.float16, cpu) == SMALL.tile._replace(BLOCK_M=BLOCK_M)
     assert kernels.block_m(1, cpu) == 16 < kernels.block_m(100, cpu)
 
 

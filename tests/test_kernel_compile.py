@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from offline import AMD, CAPABILITIES, FORMATS, SHARED, Build, Stats, builds, compile_one, longest_loop
+from offline import AMD, CAPABILITIES, FORMATS, SHARED, Build, Stats, builds, compile_one
+from sass import longest_loop, overwritten
 
-SPILL = 64  # bytes of loop invariants that ptxas may trade for one more program on a multiprocessor; not on sm_90
+SPILL = 64  # bytes that may be spilled outside of the loop, for one more program on a multiprocessor
 # Instructions of a lane in the time that memory takes for a byte: multiprocessors x clock x 128 / bandwidth.
 BALANCE = {80: 9.6, 90: 8.9}
 
@@ -31,11 +32,13 @@ def complaints(build: Build, stats: Stats) -> list[str]:
     budget = round(BALANCE[build.target] * bytes_per_weight(build), 2) if decode else 0.0
     limits: dict[str, tuple[float, float]] = {
         "shared memory": (stats.shared, SHARED[build.target]),
-        "bytes on the stack": (stats.stack, 0 if wgmma else SPILL),
+        "bytes on the stack": (stats.stack, SPILL),
+        "spills in the loop": (stats.spills_in_loop if build.target in BALANCE else 0, 0),
         "products of rows and strides in 32 bits": (stats.narrow_offsets, 0),
         "stores to shared memory in the loop": (stats.stores_in_loop if wgmma else 0, 0),
         "shuffles between lanes in the loop": (stats.shuffles_in_loop if wgmma else 0, 0),
         "instructions per weight": (stats.per_weight if decode else 0, budget),
+        "writes to registers that products have yet to read": (stats.overwritten, 0),
     }
     found = [f"{value} {what}, allowed {limit}" for what, (value, limit) in limits.items() if value > limit]
     found += ["no wgmma"] if wgmma and stats.tensor_cores != "wgmma.mma_async" else []
@@ -44,13 +47,14 @@ def complaints(build: Build, stats: Stats) -> list[str]:
     return found
 
 
-TILE = (64, 16, 2, 128, False, 4, 3, 1)
+TILE = (64, 16, 2, 128, False, 4, 3, 0, 1)
 BAD = {
-    "shared memory": Build("_quant_matmul", 90, "bf16", 4, 128, False, (128, 128, 2, 128, False, 8, 5, 1)),
-    "stack": Build("_quant_matmul", 90, "bf16", 4, 128, False, (128, 128, 1, 128, False, 4, 3, 1)),
-    "instructions per weight": Build("_quant_matmul", 90, "bf16", 4, 128, False, (64, 16, 1, 128, False, 16, 3, 1)),
-    "no wgmma": Build("_quant_matmul", 90, "bf16", 4, 128, False, (32, 16, 1, 128, False, 4, 3, 1)),
-    "stores to shared memory": Build("_bad_matmul", 90, "bf16", 4, 128, False, (64, 64, 1, 128, False, 4, 3, 1)),
+    "shared memory": Build("_quant_matmul", 90, "bf16", 4, 128, False, (128, 128, 2, 128, False, 8, 5, 0, 1)),
+    "stack": Build("_quant_matmul", 90, "bf16", 4, 128, False, (128, 128, 1, 128, False, 4, 3, 0, 1)),
+    "instructions per weight": Build("_quant_matmul", 90, "bf16", 4, 128, False, (64, 16, 1, 128, False, 16, 3, 0, 1)),
+    "no wgmma": Build("_quant_matmul", 90, "bf16", 4, 128, False, (32, 16, 1, 128, False, 4, 3, 0, 1)),
+    "yet to read": Build("_quant_matmul", 90, "bf16", 4, 128, False, (128, 64, 1, 128, True, 8, 3, 0, 1)),
+    "stores to shared memory": Build("_bad_matmul", 90, "bf16", 4, 128, False, (64, 64, 1, 128, False, 4, 3, 0, 1)),
 }
 
 
@@ -89,15 +93,17 @@ def test_a_bad_tile_is_seen(what: str, compiled: dict[Build, Stats]) -> None:
 
 
 GOOD_BUILD = Build("_quant_matmul", 90, "bf16", 4, 128, False, TILE)
-GOOD_STATS = Stats(28672, 78, 0, "wgmma.mma_async", True, 0, 0, 0, 2.7)
+GOOD_STATS = Stats(28672, 78, 0, "wgmma.mma_async", True, 0, 0, 0, 0, 2.7, 0)
 FAULTS: dict[str, Callable[[Stats], Stats]] = {
     "no wgmma": lambda s: s._replace(tensor_cores="mma.sync"),
     "no tensor cores": lambda s: s._replace(tensor_cores=""),
     "through shared memory": lambda s: s._replace(weights_in_registers=False),
     "stores to shared": lambda s: s._replace(stores_in_loop=4),
+    "yet to read": lambda s: s._replace(overwritten=1),
     "shuffles": lambda s: s._replace(shuffles_in_loop=1),
     "in 32 bits": lambda s: s._replace(narrow_offsets=1),
-    "bytes on the stack": lambda s: s._replace(stack=8),
+    "bytes on the stack": lambda s: s._replace(stack=72),
+    "spills in the loop": lambda s: s._replace(spills_in_loop=1),
     "4.6 instructions per weight, allowed 4.59": lambda s: s._replace(per_weight=4.6),
     "shared memory, allowed 232448": lambda s: s._replace(shared=232449),
 }
@@ -115,6 +121,16 @@ def test_the_longest_loop_is_measured() -> None:
     ))  # fmt: skip
     assert [line.split()[0] for line in longest_loop(sass)] == ["FADD", "FMUL", "@!P1"]
     assert longest_loop("") == []
+
+
+@pytest.mark.parametrize(
+    "wait, write, found", [(0, "R8", 0), (1, "R8", 1), (1, "R12", 0), (1, "R4", 0), (1, "R11", 1)]
+)
+def test_a_write_under_a_product_is_seen(wait: int, write: str, found: int) -> None:
+    program = ["HGMMA.64x16x16.F32 R24, R8, gdesc[UR4], R24, gsb0", f"WARPGROUP.DEPBAR.LE gsb0, 0x{wait}"]
+    program += [f"LOP3.LUT {write}, R1, 0xf, R2, 0xc0, !PT", "@P0 BRA 0x0"]
+    sass = "".join(f"        /*{16 * i:04x}*/                   {op} ;\n" for i, op in enumerate(program))
+    assert overwritten(sass) == found
 
 
 if __name__ == "__main__":
