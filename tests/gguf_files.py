@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+gguf = pytest.importorskip("gguf")  # one of the requirements for development, but not on every machine with a GPU
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 CHARACTERS = "▁abcdehinorst"

@@ -4,10 +4,9 @@ import struct
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from gguf_files import gguf_tensors, tiny_llama, write_gguf
+from gguf_files import gguf, gguf_tensors, tiny_llama, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastllm.checkpoints import gguf_header

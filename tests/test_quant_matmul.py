@@ -183,8 +183,10 @@ def test_a_weight_without_a_layout_says_every_reason():
         choose_layout(FORMATS["int8-g32"], 64, 64, torch.bfloat16, torch.device("cpu"), among=("int4pack", "int8rows"))
 
 
-def test_scratch_is_bounded(device):
+def test_scratch_is_bounded(device, monkeypatch):
     """Large weights are dequantised in chunks, and the chunks fit together."""
+    monkeypatch.setattr("fastllm.ops.gpu.SCRATCH", 1 << 21)
+    monkeypatch.setattr("fastllm.ops.gpu.CROSSOVER", 1)
     format, (N, K) = FORMATS["int4-g128"], (4096 + 64, 1024)
     p, layout, dense = prepared(format, N, K, torch.bfloat16, device)
     assert LAYOUTS[layout].step(K) < N

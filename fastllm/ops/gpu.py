@@ -12,7 +12,7 @@ from .planar import from_planar, to_planar, unpack_planar
 # Rows of x from which dequantising and the library's product are taken for faster than the kernel: an estimate from
 # the bytes and operations of each, which `bench/tune_quant_matmul.py` measures.
 CROSSOVER = 512
-SCRATCH = 1 << 24  # weights that are dense at any one time: 32 MiB in 16 bits, less than an L2 cache of 50 MB
+SCRATCH = 1 << 25  # weights that are dense at any one time: 64 MiB in 16 bits; fewer would leave multiprocessors idle
 
 
 class Planar(Layout):
@@ -36,7 +36,7 @@ class Planar(Layout):
         return from_planar(w.clone(), shape[1], format.bits)
 
     def step(self, K: int) -> int:
-        return max(64, SCRATCH // K // 64 * 64)
+        return max(256, SCRATCH // K // 256 * 256)
 
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
         if p.w.is_cuda:

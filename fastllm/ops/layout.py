@@ -67,7 +67,8 @@ class Layout(ABC):
 
     def by_chunks(self, x: Tensor, p: Prepared, N: int, bits: int, group: int, dtype: torch.dtype) -> Tensor:
         """x [M, K] @ dense.T in `dtype`, with a bounded scratch."""
-        (M, K), step = x.shape, self.step(x.shape[1])
+        M, K = x.shape
+        step = self.step(K * dtype.itemsize // 2)
         x = x.to(dtype)
         if step >= N:
             return linear(x, self.dense(p, bits, group, slice(0, N), K, dtype))
