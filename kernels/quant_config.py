@@ -78,13 +78,13 @@ def tile_of(row: Row, bits: int) -> Config:
     return tile._replace(BLOCKS=1, num_stages=4) if bits == 8 and tile.BLOCKS == 2 else tile
 
 
-def options_of(tile: Config, bits: int, group: int) -> dict[str, int]:
-    """What the compiler is told beside the tile. group: 0 for one scale a row.
+def options_of(tile: Config, bits: int, group: int, even: bool) -> dict[str, int]:
+    """What the compiler is told beside the tile. group: 0 for one scale a row. even: K is shared without rest.
 
-    Groups of 32, and those of 8 bits, keep more scales and zero points at hand: in few registers they would spill.
+    Groups of 32, those of 8 bits, and masks for a rest of K keep more values at hand: in few registers they spill.
     """
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.maxnreg and (group == 0 or group % 64 == 0 and bits == 4):
+    if tile.maxnreg and even and (group == 0 or group % 64 == 0 and bits == 4):
         options["maxnreg"] = tile.maxnreg
     return options
 

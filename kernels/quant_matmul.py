@@ -34,6 +34,12 @@ def _columns(p0, p1, p2, p3, p: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(pointers):
+    """Ask for what will be read soon. Where there is no PTX, nobody needs to ask."""
+    tl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], tl.int32, False, 1)
+
+
+@triton.jit
 def _arrive(part_ptrs, acc, mask, ticket):
     """Store a part of the sums; return how many parts of the tile had been stored before."""
     tl.store(part_ptrs, acc, mask=mask)
@@ -100,6 +106,13 @@ def _quant_matmul(
 
     if GROUP == 0:
         s = tl.load(scale_ptrs).to(dtype if PRESCALE else tl.float32)  # [BLOCK_N]
+    elif (
+        PTX and BLOCK_M <= 16
+    ):  # on their way beside the first weights, not after them; a sector holds the scales of 16 groups
+        first = tl.minimum(pid_k * steps * BLOCKS * 128 // GROUP, last_group)
+        _prefetch(scale_ptrs + first * stride_sg)
+        if zero is not None:
+            _prefetch(zero_ptrs + first * stride_zg)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(0, steps):
         for b in tl.static_range(BLOCKS):
@@ -244,4 +257,4 @@ def _plan(M: int, N: int, K: int, bits: int, GROUP: int, dtype: torch.dtype, til
     tiles = -(-N // tile.BLOCK_N) * -(-M // tile.BLOCK_M)
     if interpreted(_quant_matmul):
         steps = tl.constexpr(steps)  # NumPy 2.4 refuses a tensor as a loop's bound
-    return Plan(tiles, steps, constants, options_of(tile, bits, GROUP), {})
+    return Plan(tiles, steps, constants, options_of(tile, bits, GROUP, constants["EVEN"]), {})

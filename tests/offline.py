@@ -62,7 +62,9 @@ def builds(targets: tuple[int, ...], formats: list[tuple[int, int, bool]]) -> It
         one, other = ("fp16", "bf16") if i % 2 else ("bf16", "fp16")
         for row in rows_of(80 if target == AMD else target):
             tile = tile_of(row, format[0])
-            yield Build("_quant_matmul", target, one, *format, tuple(tile._replace(SPLIT_K=8)), "tail")
+            yield Build(
+                "_quant_matmul", target, one, *format, tuple(tile._replace(SPLIT_K=8)), ("tail", "whole")[i % 2]
+            )
             if i < len(formats):
                 yield Build("_quant_matmul", target, other, *format, tuple(tile))
         yield Build("_quant_matmul", target, "fp32", *format, tuple(SMALL.tile))
@@ -120,7 +122,7 @@ def compile_one(build: Build, scratch: Path) -> Stats:
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divided},
     )
     tile = Config(*build.tile) if build.tile else Config(32, 0, 1, 0, False, 4, 3)
-    options = options_of(tile, build.bits, build.group)
+    options = options_of(tile, build.bits, build.group, build.kind == "whole")
     if build.target == AMD:
         options["num_stages"] = 2
     target = GPUTarget("hip", "gfx942", 64) if build.target == AMD else GPUTarget("cuda", build.target, 32)

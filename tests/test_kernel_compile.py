@@ -15,7 +15,9 @@ import pytest
 from offline import AMD, CAPABILITIES, FORMATS, SHARED, Build, Stats, builds, compile_one
 from sass import longest_loop, overwritten
 
-SPILL = 64  # bytes that may be spilled outside of the loop, for one more program on a multiprocessor
+# Bytes that may be spilled, and how often a step of 128 values may look at them: what two programs on a multiprocessor
+# instead of one are worth, where sums are split and tiles large.
+SPILL, LOOKS = 96, 2
 # Instructions of a lane in the time that memory takes for a byte: multiprocessors x clock x 128 / bandwidth.
 BALANCE = {80: 9.6, 90: 8.9}
 
@@ -33,7 +35,7 @@ def complaints(build: Build, stats: Stats) -> list[str]:
     limits: dict[str, tuple[float, float]] = {
         "shared memory": (stats.shared, SHARED[build.target]),
         "bytes on the stack": (stats.stack, SPILL),
-        "spills in the loop": (stats.spills_in_loop if build.target in BALANCE else 0, 0),
+        "spills in the loop": (stats.spills_in_loop if build.target in BALANCE else 0, LOOKS),
         "products of rows and strides in 32 bits": (stats.narrow_offsets, 0),
         "stores to shared memory in the loop": (stats.stores_in_loop if wgmma else 0, 0),
         "shuffles between lanes in the loop": (stats.shuffles_in_loop if wgmma else 0, 0),
@@ -102,8 +104,8 @@ FAULTS: dict[str, Callable[[Stats], Stats]] = {
     "yet to read": lambda s: s._replace(overwritten=1),
     "shuffles": lambda s: s._replace(shuffles_in_loop=1),
     "in 32 bits": lambda s: s._replace(narrow_offsets=1),
-    "bytes on the stack": lambda s: s._replace(stack=72),
-    "spills in the loop": lambda s: s._replace(spills_in_loop=1),
+    "bytes on the stack": lambda s: s._replace(stack=104),
+    "spills in the loop": lambda s: s._replace(spills_in_loop=3),
     "4.6 instructions per weight, allowed 4.59": lambda s: s._replace(per_weight=4.6),
     "shared memory, allowed 232448": lambda s: s._replace(shared=232449),
 }
