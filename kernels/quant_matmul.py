@@ -239,7 +239,7 @@ def _launch(
 def _plan(M: int, N: int, K: int, bits: int, GROUP: int, dtype: torch.dtype, tile: Config, PTX: bool) -> Plan:
     """Cached: to work it out anew would double the cost of a launch."""
     steps = -(-K // (128 * tile.BLOCKS * tile.SPLIT_K))
-    span = gcd(GROUP, 128)
+    span, even = gcd(GROUP, 128), K == steps * tile.SPLIT_K * tile.BLOCKS * 128
     constants = {
         "BITS": bits,
         "GROUP": GROUP,
@@ -251,10 +251,10 @@ def _plan(M: int, N: int, K: int, bits: int, GROUP: int, dtype: torch.dtype, til
         "SPLIT_K": tile.SPLIT_K,
         # a small scale would lose bits in float16
         "PRESCALE": tile.PRESCALE and dtype == torch.bfloat16,
-        "EVEN": K == steps * tile.SPLIT_K * tile.BLOCKS * 128,
+        "EVEN": even,
         "PTX": PTX,
     }
     tiles = -(-N // tile.BLOCK_N) * -(-M // tile.BLOCK_M)
     if interpreted(_quant_matmul):
         steps = tl.constexpr(steps)  # NumPy 2.4 refuses a tensor as a loop's bound
-    return Plan(tiles, steps, constants, options_of(tile, bits, GROUP, constants["EVEN"]), {})
+    return Plan(tiles, steps, constants, options_of(tile, bits, GROUP, even), {})
