@@ -17,6 +17,7 @@ from .quant_config import Config, config, options_of
 from .tickets import take_tickets
 from .unpack import subtract, unpack_block
 
+PRESCALED = (torch.bfloat16,)  # in float16 a small scale would lose bits
 INVARIANT_ROWS = 512  # rows of x at a time when results must not depend on how many there are: bounds the partial sums
 
 
@@ -106,9 +107,8 @@ def _quant_matmul(
 
     if GROUP == 0:
         s = tl.load(scale_ptrs).to(dtype if PRESCALE else tl.float32)  # [BLOCK_N]
-    elif (
-        PTX and BLOCK_M <= 16
-    ):  # on their way beside the first weights, not after them; a sector holds the scales of 16 groups
+    elif PTX and BLOCK_M <= 16:
+        # on their way beside the first weights, not after them; a sector holds the scales of 16 groups
         first = tl.minimum(pid_k * steps * BLOCKS * 128 // GROUP, last_group)
         _prefetch(scale_ptrs + first * stride_sg)
         if zero is not None:
@@ -126,10 +126,8 @@ def _quant_matmul(
                     z = None if zero is None else tl.load(zero_ptrs + g * stride_zg)[:, None]  # [BLOCK_N, 1]
                     if GROUP:
                         s = tl.load(scale_ptrs + g * stride_sg).to(dtype if PRESCALE else tl.float32)  # [BLOCK_N]
-                if EVEN:
-                    xs = tl.load(x_ptrs + k, mask=mask_m[None, :], other=0.0)  # [RUN, BLOCK_M]
-                else:
-                    xs = tl.load(x_ptrs + k, mask=(offs_k < K - k)[:, None] & mask_m[None, :], other=0.0)
+                mask_x = mask_m[None, :] if EVEN else (offs_k < K - k)[:, None] & mask_m[None, :]
+                xs = tl.load(x_ptrs + k, mask=mask_x, other=0.0)  # [RUN, BLOCK_M]
                 ws = subtract(_columns(p0, p1, p2, p3, p * RUN // 32, RUN), z, BITS, dtype)
                 if PRESCALE:
                     acc = tl.dot(ws * s[:, None], xs, acc, input_precision="ieee")
@@ -249,8 +247,7 @@ def _plan(M: int, N: int, K: int, bits: int, GROUP: int, dtype: torch.dtype, til
         "BLOCK_M": tile.BLOCK_M,
         "BLOCKS": tile.BLOCKS,
         "SPLIT_K": tile.SPLIT_K,
-        # a small scale would lose bits in float16
-        "PRESCALE": tile.PRESCALE and dtype == torch.bfloat16,
+        "PRESCALE": tile.PRESCALE and dtype in PRESCALED,
         "EVEN": even,
         "PTX": PTX,
     }

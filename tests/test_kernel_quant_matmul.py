@@ -15,7 +15,7 @@ from torch import Tensor
 from fastllm.formats import pack_bits
 from fastllm.kernels.dequantize import dequantize
 from fastllm.kernels.quant_config import BLOCK, ROWS, SMALL, Config, config, split_k
-from fastllm.kernels.quant_matmul import quant_matmul
+from fastllm.kernels.quant_matmul import _plan, quant_matmul
 from fastllm.ops.planar import to_planar
 
 MS = (1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 65, 127, 129)
@@ -213,7 +213,9 @@ TILES = sorted({row.tile._replace(maxnreg=0) for row in (SMALL, *ROWS[80], *ROWS
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: "-".join(str(int(v)) for v in t))
-def test_every_tile_with_every_split(tile: Config, device: str) -> None:
+def test_every_tile_with_every_split(tile: Config, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastllm.kernels.quant_matmul.PRESCALED", (torch.float16, torch.bfloat16))
+    _plan.cache_clear()
     for i, (bits, group) in enumerate([(4, 128), (8, None), (4, 32), (8, 64), (4, 256), (4, None)]):
         K, split = (
             (1104, 640, 768, 1280, 1024, 512)[i],
@@ -224,6 +226,7 @@ def test_every_tile_with_every_split(tile: Config, device: str) -> None:
         tile = tile._replace(SPLIT_K=split)
         y = quant_matmul(p.x, p.words(), p.scale, p.zero, p.bias, bits, p.group, tile=tile)
         assert_equal(y, p.want().to(torch.float16))
+    _plan.cache_clear()
 
 
 @pytest.mark.parametrize("fp32", [True, False])
