@@ -216,6 +216,7 @@ TILES = sorted({row.tile._replace(maxnreg=0) for row in (SMALL, *ROWS[80], *ROWS
 def test_every_tile_with_every_split(tile: Config, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastllm.kernels.quant_matmul.PRESCALED", (torch.float16, torch.bfloat16))
     _plan.cache_clear()
+    tile = tile._replace(PRESCALE=tile.PRESCALE and device == "cpu")  # not every device takes it
     for i, (bits, group) in enumerate([(4, 128), (8, None), (4, 32), (8, 64), (4, 256), (4, None)]):
         K, split = (
             (1104, 640, 768, 1280, 1024, 512)[i],
