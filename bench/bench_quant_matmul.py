@@ -29,7 +29,7 @@ from shapes import ROWS, SHAPES, shapes_of
 from torch import Tensor
 
 from fastllm.formats import IntFormat, parse_format
-from fastllm.ops import choose_layout
+from fastllm.ops import layout_for
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of a result in 16 bits times two: nobody wants that many logits
@@ -134,7 +134,7 @@ class Shape:
 
     def about(self, M: int) -> dict[str, Any]:
         p = self.problem
-        layout, _ = choose_layout(p.format, p.N, p.K, p.dtype, torch.device(p.device))
+        layout = layout_for(p.format, p.N, p.K, p.dtype, torch.device(p.device))
         return {
             "format": p.format.name, "N": p.N, "K": p.K, "M": M, "layout": layout.name,
             "dtype": str(p.dtype).removeprefix("torch."), "baseline": self.baseline,
@@ -205,7 +205,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", help="N x K in place of a model's, such as 8192x8192,4096x14336")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=auto, help="default here: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations (default: bfloat16)")
-    parser.add_argument("--formats", help="default: int8,int4-g32,int4-g128 on a CPU, int4-g128,int8 on a GPU")
+    parser.add_argument("--formats", help="default: int8,int4-g32,int4-g128,int8-a8 on a CPU, int4-g128,int8 on a GPU")
     parser.add_argument("--rows", help="of input, such as 1,16,4096")
     parser.add_argument("--seconds", type=float, help="per candidate and shape (default: 0.15; 0.02 on a GPU)")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds in all; what is left is named")
@@ -218,7 +218,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     pairs = [shape.split("x") for shape in args.shapes.split(",")] if args.shapes else []
     args.start = time.perf_counter()
     args.shapes = [(int(N), int(K)) for N, K in pairs]
-    args.formats = args.formats or ("int4-g128,int8" if gpu else "int8,int4-g32,int4-g128")
+    args.formats = args.formats or ("int4-g128,int8" if gpu else "int8,int4-g32,int4-g128,int8-a8")
     args.rows = [int(M) for M in args.rows.split(",")] if args.rows else ROWS[args.device]
     args.seconds = args.seconds if args.seconds is not None else 0.02 if gpu else 0.15
     args.peers = args.peers or ("fast" if gpu else "none")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastllm.ops
 from fastllm.formats import Format, IntFormat, QuantizedWeight, dequantize, parse_format, unpack_bits
-from fastllm.ops import LAYOUTS, choose_layout
+from fastllm.ops import LAYOUTS
 from fastllm.ops.int4pack import Int4Pack
 from fastllm.ops.int8 import Int8Blocks, Int8Rows
 from fastllm.ops.layout import Layout
@@ -140,7 +140,7 @@ class Packed(Provider):
         self.name, self.layout, self.bits, self.most_rows = name, layout, bits, most_rows
 
     def layout_for(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> Layout:
-        return self.layout or choose_layout(format, N, K, dtype, torch.device(device))[0]
+        return self.layout or fastllm.ops.layout_for(format, N, K, dtype, torch.device(device))
 
     def reasons(self, format: IntFormat, N: int, K: int, dtype: torch.dtype, device: str) -> list[str]:
         layout = self.layout_for(format, N, K, dtype, device)
@@ -157,7 +157,8 @@ class Packed(Provider):
         def run(p: Any, x: Tensor) -> Tensor:
             return layout.matmul(x, p, N, format.bits, format.group_of(K))
 
-        return Operands(make, run, format.bytes(N, K), problem.dense, EXACT)
+        bound = ROUNDED if format.activations else EXACT
+        return Operands(make, run, format.bytes(N, K), problem.dense, bound)
 
 
 class Kernel(Provider):

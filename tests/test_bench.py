@@ -273,7 +273,7 @@ def test_the_arguments() -> None:
     args.only = "gemlite,fused"
     assert [p.name for p in bench.candidates(args)] == ["bf16", "fastllm", "fused kernel", "GemLite"]
     cpu = bench.arguments(["--device", "cpu", "--out", "x"])
-    assert cpu.formats == "int8,int4-g32,int4-g128" and not [p for p in bench.candidates(cpu) if p.peer]
+    assert cpu.formats == "int8,int4-g32,int4-g128,int8-a8" and not [p for p in bench.candidates(cpu) if p.peer]
 
 
 def test_the_committed_page_is_made_from_the_committed_rows() -> None:
