@@ -29,6 +29,8 @@ RUNS: dict[str, dict[str, Any] | None] = {
         for group in GROUPS
         for method in ("rtn", "hqq")
     },
+    "int8-a8": {"weights": "int8", "activations": "int8"},
+    "int8-a8, down projections int8": {"weights": {"*.down_proj": "int8", "lm_head": "int8", "*": "int8-a8"}},
     "int4-g32 hqq, int4-g32 head": {"weights": "int4-g32", "lm_head": "int4-g32"},
     "int8, int4-g32 head": {"weights": {"lm_head": "int4-g32", "*": "int8"}},
     "int8, int4-g32-asym head": {"weights": {"lm_head": "int4-g32-asym", "*": "int8"}},
