@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "tests/test_kernel_quant_matmul.py", "tests/test_quant_matmul.py", "tests/test_nn.py", "tests/test_layout.py",
     "tests/test_kernel_*.py", "tests/test_tickets.py", "tests/test_*int8*.py", "tests/test_*fp8*.py",
-    "tests/test_*expert*.py", "tests/test_activations.py",
+    "tests/test_dynamic_*.py", "tests/test_*expert*.py", "tests/test_activations.py",
 )  # fmt: skip
 MAIN = "8192x8192"
 SHAPES = f"{MAIN},4096x4096,6144x4096,4096x14336,28672x4096"

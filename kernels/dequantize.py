@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_device
 from .operands import check_operands, interpreted, uses_ptx
 from .unpack import subtract, unpack_block
 
@@ -56,7 +57,7 @@ def dequantize(
     if y.dtype == torch.bfloat16 and interpreted(_dequantize):  # which truncates when it converts to bfloat16
         return y.copy_(dequantize(w, scale, zero, bits, group, K, torch.float32))
     w, stride_z, GROUP = check_operands(w, scale, zero, bits, group, K)
-    with torch.cuda.device_of(w):
+    with on_device(w.device):
         _dequantize[-(-N // 32), -(-K // 128)](
             w, scale, zero, y,
             N, K,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_device
 from .operands import device_of, interpreted
 from .quant_config import SMALL, Config, Row, rows_of, tile_of
 from .quant_matmul import _launch, _quant_matmul, aligned
@@ -57,7 +58,7 @@ def plan_experts(index: torch.Tensor, count: int, BLOCK_M: int) -> tuple[torch.T
     slots = index.new_empty(tiles * BLOCK_M, dtype=torch.int32)
     experts = index.new_empty(tiles, dtype=torch.int32)
     known = tl.constexpr if interpreted(_plan_experts) else int  # NumPy 2.4 refuses a tensor as a loop's bound
-    with torch.cuda.device_of(index):
+    with on_device(index.device):
         _plan_experts[(count + 1,)](
             index, slots, experts, known(S), count, known(tiles),
             COUNT=triton.next_power_of_2(count), BLOCK_M=BLOCK_M, BLOCK=128,

@@ -4,11 +4,15 @@ Both factors are int8 or both float8_e4m3fn, which tensor cores multiply at twic
 exact sums; the scales, one for each row of x and one for each row of w, leave the sum and are applied once at the end.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from .launch import on_device
+from .operands import device_of, interpreted
 
 MULTIPROCESSORS = 132  # of an H100 or H200; four programs on each keep enough loads in flight to fill the memory bus
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -33,6 +37,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
+@cache
 def config(M: int, N: int, K: int, capability: int = 90, floats: bool = False) -> Config:
     """The tile for a problem: a pure function, so that nothing is tuned while a user waits.
 
@@ -54,11 +59,12 @@ def config(M: int, N: int, K: int, capability: int = 90, floats: bool = False) -
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages = 128, 256, 128, 8, 4
     else:
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages = 128, 128, 128, 8, 3
-    blocks = triton.cdiv(K, BLOCK_K)
-    tiles = triton.cdiv(N, BLOCK_N) * triton.cdiv(M, BLOCK_M)
+    blocks = -(-K // BLOCK_K)
+    tiles = -(-N // BLOCK_N) * -(-M // BLOCK_M)
     # Under four blocks a split never fills its pipeline; above eight splits the partial sums cost more than they gain.
     split = max(1, min(4 * MULTIPROCESSORS // tiles, blocks // 4, 8)) if M <= 128 else 1
-    SPLIT_K = triton.cdiv(blocks, triton.cdiv(blocks, split))
+    each = -(-blocks // split)
+    SPLIT_K = -(-blocks // each)
     return Config(BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP, num_warps, num_stages)
 
 
@@ -185,10 +191,6 @@ def _sum_splits(
     tl.store(y + offs, _scaled(acc, x_scale, w_scale, bias, rows_m, rows_n).to(y.dtype.element_ty), mask=mask)
 
 
-def _interpreted() -> bool:
-    return not isinstance(_scaled_matmul, triton.JITFunction)
-
-
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] float16, bfloat16 or float32, any strides -> q [M, K] of `dtype` contiguous, scale float32 [M].
 
@@ -204,13 +206,14 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
     if not M:
         return q, scale
-    if x.dtype == torch.bfloat16 and _interpreted():
+    if x.dtype == torch.bfloat16 and interpreted(_scaled_matmul):
         x = x.float()  # the interpreter takes the bits of bfloat16 for integers
     BLOCK_K = min(4096, triton.next_power_of_2(K))
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
+    known = tl.constexpr if interpreted(_quantize_rows) else int  # NumPy 2.4 refuses a tensor as a loop's bound
+    with on_device(x.device):
         _quantize_rows[(M,)](
             x, q, scale,
-            tl.constexpr(K) if _interpreted() else K, *x.stride(),  # NumPy 2.4 refuses a tensor as a loop's bound
+            known(K), *x.stride(),
             LARGEST=LARGEST[dtype], BLOCK_K=BLOCK_K, num_warps=8 if BLOCK_K > 2048 else 4,
         )  # fmt: skip
     return q, scale
@@ -258,7 +261,7 @@ def scaled_matmul(
     ValueError for operands that do not fit.
     """
     _check(q, x_scale, w, w_scale, bias)
-    if dtype == torch.bfloat16 and _interpreted():
+    if dtype == torch.bfloat16 and interpreted(_scaled_matmul):
         # the interpreter truncates when it converts to bfloat16, and takes its bits for integers
         w_scale, bias = w_scale.float(), None if bias is None else bias.float()
         return scaled_matmul(q, x_scale, w, w_scale, bias, torch.float32, batch_invariant).to(dtype)
@@ -266,18 +269,18 @@ def scaled_matmul(
     y = q.new_empty(M, N, dtype=dtype)
     if y.numel() == 0:
         return y
-    capability = 90 if not q.is_cuda else 10 * torch.cuda.get_device_capability(q.device)[0]
+    capability = device_of(q.device.index)[0] // 10 * 10 if q.is_cuda else 90
     floats = q.dtype != torch.int8
     tile = config(1 if floats and batch_invariant else M, N, K, capability, floats)
     if K % 16 == 0 and (q.stride(0) % 16 or q.data_ptr() % 16):  # rows are read 16 bytes at a time
         q = q.clone(memory_format=torch.contiguous_format)
     split = tile.SPLIT_K > 1
     out = q.new_empty(tile.SPLIT_K, M, N, dtype=torch.float32 if floats else torch.int32) if split else y
-    steps = triton.cdiv(triton.cdiv(K, tile.BLOCK_K), tile.SPLIT_K)
-    with torch.cuda.device_of(q):
-        _scaled_matmul[triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N), tile.SPLIT_K](
+    steps = -(-K // (tile.BLOCK_K * tile.SPLIT_K))
+    with on_device(q.device):
+        _scaled_matmul[-(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N), tile.SPLIT_K](
             q, x_scale, w, w_scale, bias, out,
-            M, N, K, tl.constexpr(steps) if _interpreted() else steps,
+            M, N, K, tl.constexpr(steps) if interpreted(_scaled_matmul) else steps,
             q.stride(0), w.stride(0),
             WHOLE=K == steps * tile.SPLIT_K * tile.BLOCK_K, SPLIT=split,
             PRECISE_K=min(PRECISE_K, tile.BLOCK_K) if floats else None, GROUP_M=GROUP_M, SWAP=tile.SWAP,
@@ -285,7 +288,7 @@ def scaled_matmul(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if split:
-            _sum_splits[triton.cdiv(M, 4), triton.cdiv(N, 256)](
+            _sum_splits[-(-M // 4), -(-N // 256)](
                 out, x_scale, w_scale, bias, y, M, N, SPLIT_K=tile.SPLIT_K, BLOCK_M=4, BLOCK_N=256
             )
     return y

@@ -171,38 +171,6 @@ def test_every_shape_of_x(device):
             assert op(x.new_empty(empty)).shape == (*empty[:-1], N)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient(dtype, device):
-    N, K = 96, 161
-    for layout in layouts(device):
-        p, dense = prepared(N, K, dtype, device, layout)
-        x = torch.randn(2, 3, K, dtype=dtype, device=device, requires_grad=True)
-        bias = torch.randn(N, dtype=dtype, device=device, requires_grad=True)
-        grad = torch.randn(2, 3, N, dtype=dtype, device=device)
-        dynamic_matmul(x, *p, bias, N, layout).backward(grad)
-        bounds = (4e-2, 5e-3) if dtype == torch.bfloat16 else (8e-3, 1e-3)
-        assert_close(x.grad, grad.double() @ dense, *bounds, dtype=dtype)
-        assert_close(bias.grad, grad.double().sum((0, 1)), *bounds, dtype=dtype)
-
-
-def test_opcheck_and_compile(device):
-    N, K = 64, 128
-    for layout in layouts(device):
-        p, _ = prepared(N, K, torch.bfloat16, device, layout)
-        x = torch.randn(3, K, dtype=torch.bfloat16, device=device)
-        for arg in (x, x.clone().requires_grad_()):
-            torch.library.opcheck(torch.ops.fastllm.dynamic_matmul.default, (arg, *p, None, N, layout, True))
-
-        def call(x, p=p, layout=layout):
-            return dynamic_matmul(x, *p, None, N, layout)
-
-        torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-        for M in (1, 3, 40):
-            x = torch.randn(M, K, dtype=torch.bfloat16, device=device)
-            assert_equal(compiled(x), call(x))
-
-
 def test_a_row_has_the_same_bits_whatever_the_batch(device):
     """On request: sums of floats have an order."""
     shape = (65, 1100)

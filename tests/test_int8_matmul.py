@@ -169,39 +169,6 @@ def test_every_shape_of_x(device):
             assert op(x.new_empty(empty)).shape == (*empty[:-1], N)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient(dtype, device):
-    N, K = 96, 161
-    for layout in layouts(device):
-        p, dense = prepared(N, K, dtype, device, layout)
-        x = torch.randn(2, 3, K, dtype=dtype, device=device, requires_grad=True)
-        bias = torch.randn(N, dtype=dtype, device=device, requires_grad=True)
-        grad = torch.randn(2, 3, N, dtype=dtype, device=device)
-        dynamic_matmul(x, *p, bias, N, layout).backward(grad)
-        bounds = (4e-2, 5e-3) if dtype == torch.bfloat16 else (8e-3, 1e-3)
-        assert_close(x.grad, grad.double() @ dense, *bounds, dtype=dtype)
-        assert_close(bias.grad, grad.double().sum((0, 1)), *bounds, dtype=dtype)
-
-
-def test_opcheck_and_compile(device):
-    N, K = 64, 128
-    for layout in layouts(device):
-        p, _ = prepared(N, K, torch.bfloat16, device, layout)
-        x = torch.randn(3, K, dtype=torch.bfloat16, device=device)
-        if not p.w.is_mkldnn:  # opcheck compares the storage of its arguments, and oneDNN's blocks have none
-            for arg in (x, x.clone().requires_grad_()):
-                torch.library.opcheck(torch.ops.fastllm.dynamic_matmul.default, (arg, *p, None, N, layout))
-
-        def call(x, p=p, layout=layout):
-            return dynamic_matmul(x, *p, None, N, layout)
-
-        torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-        for M in (1, 3, 40):
-            x = torch.randn(M, K, dtype=torch.bfloat16, device=device)
-            assert_equal(compiled(x), call(x))
-
-
 def test_many_rows_are_cut_into_parts(monkeypatch, device):
     shape = (64, 64)
     weight = quantize(torch.randn(shape, device=device), FORMAT, "rtn")

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .layout import Prepared
-from .quant_matmul import LAYOUTS, LIBRARY
+from .library import LIBRARY
+from .quant_matmul import LAYOUTS
 
 INVARIANT = 64  # rows of an expert to choose the tile for when results must not depend on how many there are
 

@@ -4,7 +4,6 @@ Its definition is `Rest`: dequantise, multiply. Each layout that packs the same 
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +13,11 @@ from .gpu import Planar
 from .int4pack import Int4Pack
 from .int8 import Int8Blocks, Int8Rows
 from .layout import Layout, Prepared, Rest, choose
+from .library import define, is_watched
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (Planar(), Int4Pack(), Int8Blocks(), Int8Rows(), Rest())
 }
-
-LIBRARY = torch.library.Library("fastllm", "DEF")
-LIBRARY.define(
-    "quant_matmul(Tensor x, Tensor w, Tensor scale, Tensor? zero, Tensor? bias, "
-    "int N, int bits, int group, str layout, bool batch_invariant=False) -> Tensor"
-)
-LIBRARY.define(
-    "quant_matmul_grad_x(Tensor grad, Tensor w, Tensor scale, Tensor? zero, int K, int bits, int group, str layout)"
-    " -> Tensor"
-)
 
 
 def choose_layout(
@@ -58,11 +48,8 @@ def quant_matmul(
     rows; on a CPU they are taken one by one.
     Differentiable with respect to x and bias. Source of the format: compressed-tensors, `pack-quantized`.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+    if is_watched(x, bias):
         return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
-    if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
-        return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
-    # Nobody is watching: spare the dispatcher, 8 of the 20 us that a small layer costs.
     return _forward(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
 
 
@@ -92,35 +79,4 @@ def _grad_x(
     return LAYOUTS[layout].grad_x(grad, Prepared(w, scale, zero), K, bits, group)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, w, scale, zero, bias, _, bits, group, layout, _ = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(w, scale, zero)
-    ctx.rest = x.shape[-1], bits, group, layout
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    w, scale, zero = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.fastllm.quant_matmul_grad_x(grad, w, scale, zero, *ctx.rest)
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None
-
-
-for name, implementation in (("quant_matmul", _forward), ("quant_matmul_grad_x", _grad_x)):
-    for key in ("CPU", "CUDA", "MkldnnCPU"):  # the last: oneDNN's blocks are opaque tensors with a key of their own
-        LIBRARY.impl(name, implementation, key)
-
-torch.library.register_autograd("fastllm::quant_matmul", _backward, setup_context=_save_for_backward, lib=LIBRARY)
-
-
-@torch.library.register_fake("fastllm::quant_matmul", lib=LIBRARY)
-def _(x: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, N: int, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], N)
-
-
-@torch.library.register_fake("fastllm::quant_matmul_grad_x", lib=LIBRARY)
-def _(grad: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, K: int, *_: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], K)
+define("quant_matmul", _forward, _grad_x, "int bits, int group, str layout")

@@ -1,0 +1,57 @@
+"""What the ops that multiply by a packed weight have in common: the library, gradients, shapes of results."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastllm", "DEF")
+
+
+def is_watched(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether an op must go through the dispatcher, which costs 8 of the 20 us of a small layer."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
+
+
+def define(name: str, forward: Callable[..., Tensor], grad_x: Callable[..., Tensor], rest: str) -> None:
+    """Define `fastllm::name`, differentiable with respect to x and bias, and `fastllm::name_grad_x`.
+
+    forward(x, w, scale, zero, bias, N, *rest, batch_invariant) -> y [..., N]
+    grad_x(grad, w, scale, zero, K, *rest) -> [..., K]
+    rest: the further arguments of both, as in a schema
+    """
+    operands = "Tensor w, Tensor scale, Tensor? zero"
+    LIBRARY.define(f"{name}(Tensor x, {operands}, Tensor? bias, int N, {rest}, bool batch_invariant=False) -> Tensor")
+    LIBRARY.define(f"{name}_grad_x(Tensor grad, {operands}, int K, {rest}) -> Tensor")
+    for key in ("CPU", "CUDA", "MkldnnCPU"):  # the last: oneDNN's blocks are opaque tensors with a key of their own
+        LIBRARY.impl(name, forward, key)
+        LIBRARY.impl(f"{name}_grad_x", grad_x, key)
+    gradient = getattr(torch.ops.fastllm, f"{name}_grad_x")
+
+    def save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, w, scale, zero, bias, _, *ctx.rest, _ = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(w, scale, zero)
+        ctx.K = x.shape[-1]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        w, scale, zero = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = gradient(grad, w, scale, zero, ctx.K, *ctx.rest)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, None, *[None] * len(ctx.rest), None
+
+    def like_y(x: Tensor, w: Tensor, scale: Tensor, zero: Any, bias: Any, N: int, *_: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], N)
+
+    def like_x(grad: Tensor, w: Tensor, scale: Tensor, zero: Any, K: int, *_: Any) -> Tensor:
+        return grad.new_empty(*grad.shape[:-1], K)
+
+    torch.library.register_autograd(f"fastllm::{name}", backward, setup_context=save_for_backward, lib=LIBRARY)
+    torch.library.register_fake(f"fastllm::{name}", like_y, lib=LIBRARY)
+    torch.library.register_fake(f"fastllm::{name}_grad_x", like_x, lib=LIBRARY)
