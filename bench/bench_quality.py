@@ -22,6 +22,9 @@ from fastllm.diagnose import bytes_per_token, perplexity
 GROUPS = ("g32", "g64", "g128", "g256", "channel")
 RUNS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
+    "bf16, fused": {"weights": None},
+    "bf16, fused, int8 keys and values": {"weights": None, "kv_cache": "int8"},
+    "bf16, fused, int4 keys and values": {"weights": None, "kv_cache": "int4"},
     "int8": {"weights": "int8"},
     **{
         f"int4-{group}{zeros} {method}": {"weights": f"int4-{group}{zeros}", "method": method}
@@ -60,7 +63,10 @@ def main() -> None:
         if settings:
             model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
             fastllm.optimize(model, keep=False, quiet=True, **settings)
-        found = perplexity(model, sample_text(), tokenizer, windows=args.windows)
+        kept = (settings or {}).get("kv_cache")
+        found = perplexity(model, sample_text(), tokenizer, windows=args.windows, kv_cache=kept)
+        if settings and settings["weights"] is None:
+            fastllm.restore(model)  # whose weights are those of the next
         size = bytes_per_token(model)
         rows.append({"weights": name, "settings": settings, "perplexity": found.value, "bytes_per_token": size})
         print(f"{name:30} perplexity {found.value:8.3f}, {size / 1e6:.0f} MB per token", flush=True)

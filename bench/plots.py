@@ -86,6 +86,23 @@ def finished(figure: Any, axes: list[Any], path: Path) -> Path:
     return path
 
 
+def bars(groups: dict[str, dict[str, float]], title: str, path: Path) -> Path:
+    """Speed-ups: a group of bars for each case, a bar for each model, a line at 1. groups: {case: {model: ratio}}."""
+    figure = Figure(figsize=(2.4 * len(groups) + 2, 3.6), facecolor="white")
+    axis = figure.subplots()
+    models = list(dict.fromkeys(model for values in groups.values() for model in values))
+    for i, (name, colour) in enumerate(colours(models).items()):
+        places = [x + (i - (len(models) - 1) / 2) * 0.8 / len(models) for x in range(len(groups))]
+        heights = [values.get(name, 0.0) for values in groups.values()]
+        drawn = axis.bar(places, heights, 0.8 / len(models), color=colour, label=name)
+        axis.bar_label(drawn, [f"{height:.2f}" if height else "" for height in heights], fontsize=7)
+    axis.axhline(1, color="grey", lw=0.8)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_ylabel("times as fast")
+    axis.set_title(title, fontsize=10)
+    return finished(figure, [axis], path)
+
+
 def draw(rows: Sequence[Row], head: dict[str, Any], folder: Path) -> list[Path]:
     """Write the pictures beside the result file."""
     if not rows:

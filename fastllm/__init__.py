@@ -7,9 +7,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "FORMATS": "formats",
+    "KVCache": "decode",
     "QuantExperts": "nn",
     "QuantLinear": "nn",
-    "load": "checkpoints",
+    "load": "patch",
     "optimize": "patch",
     "optimized": "patch",
     "quant_matmul": "ops",

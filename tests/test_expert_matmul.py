@@ -143,7 +143,7 @@ def test_grouped_experts_are_saved_copied_and_restored(family, planar, tmp_path)
     packed = {name: t.clone() for name, t in model.state_dict().items()}
     got = outputs(model)  # stacks the weights
     stacks = [stack for module in experts_of(model) for stack in module._stacks.values()]
-    assert stacks and all(s.w.data_ptr() == s.held[0].data_ptr() for s in stacks)
+    assert stacks and all(s.w.data_ptr() == s.held[0][0].data_ptr() for s in stacks)
     assert packed.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert_equal(tensor, packed[name])

@@ -21,13 +21,13 @@ LINK = ROOT / "fastllm/kernels"
 
 # A part imports itself and parts of earlier rows, nothing else.
 LAYERS = [
-    {"kernels", "formats", "probe", "progress", "data"},
+    {"kernels", "formats", "kv_formats", "probe", "progress", "data"},
     {"quantizers"},
     {"ops"},
     {"nn"},
-    {"checkpoints"},
+    {"checkpoints", "decode"},
     {"patch"},
-    {"diagnose", "compress", "decode", "distributed", "distill"},
+    {"diagnose", "compress", "distributed", "distill"},
     {"cli"},
     {"__main__"},
 ]

@@ -15,11 +15,12 @@ from fastllm.patch import CoverageError, NotSupportedError
 QUIET = {"quiet": True}
 
 
-def refused(model, error, match, keeps_hook=False, **options):
-    shown = str(model)
+def refused(model, error, match, loaded=False, **options):
+    shown, patch = str(model), model.__dict__.get("_fastllm")
     with pytest.raises(error, match=match):
         fastllm.optimize(model, **{**QUIET, **options})
-    assert str(model) == shown and "_fastllm" not in model.__dict__ and hasattr(model, "hf_quantizer") == keeps_hook
+    assert str(model) == shown and model.__dict__.get("_fastllm") is patch
+    assert loaded == (patch is not None) == hasattr(model, "hf_quantizer")
 
 
 def test_training_mode_is_refused():
@@ -148,7 +149,7 @@ def test_a_loaded_packed_model_is_not_packed_again(tmp_path):
     fastllm.optimize(model, "int8", **QUIET)
     model.save_pretrained(tmp_path)
     loaded = fastllm.load(tmp_path, quiet=True)
-    refused(loaded, CoverageError, "already quantized by fastllm.*start from the dense checkpoint", keeps_hook=True)
+    refused(loaded, CoverageError, "already quantized by fastllm.*start from the dense checkpoint", loaded=True)
 
 
 @pytest.mark.parametrize("option", [{"device_map": "cpu"}, {"weights": "int8"}, {"attn_implementation": "eager"}])

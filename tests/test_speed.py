@@ -1,9 +1,9 @@
 """The figures that `diagnose.speed` reports: that they count what they say."""
 
+import copy
 import statistics
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,35 +59,52 @@ def test_times_are_those_that_pass(model: PreTrainedModel) -> None:
 
 def test_models_take_turns(model: PreTrainedModel) -> None:
     order: list[str] = []
+    second = copy.deepcopy(model)
 
-    def named(name: str) -> Any:
-        def forward(input_ids: torch.Tensor, **kwargs: Any) -> Any:
-            if input_ids.shape == PROMPT.shape:
+    def named(name: str, model: PreTrainedModel) -> PreTrainedModel:
+        forward = model.forward
+
+        def noted(**kwargs: Any) -> Any:
+            if kwargs["input_ids"].shape == PROMPT.shape:
                 order.append(name)
-            return model(input_ids=input_ids, **kwargs)
+            return forward(**kwargs)
 
-        call = SimpleNamespace(forward=model.forward, device=model.device, training=False)
-        return type("Named", (SimpleNamespace,), {"__call__": staticmethod(forward)})(**vars(call))
+        model.forward = noted  # type: ignore
+        return model
 
-    found = measure_alternating({"a": named("a"), "b": named("b")}, PROMPT, new_tokens=2, repeats=3)
+    found = measure_alternating({"a": named("a", model), "b": named("b", second)}, PROMPT, new_tokens=2, repeats=3)
     assert order == ["a", "b"] * 3
     assert found["a"].tokens == found["b"].tokens
 
 
+def test_rows_count(model: PreTrainedModel) -> None:
+    found = measure(model, PROMPT.expand(3, -1), new_tokens=3, repeats=1)
+    assert found.rows == 3 and found.decode_tok_s == pytest.approx(3 / found.step_s[1])
+    assert found.fastest_quarter_tok_s == pytest.approx(3 / found.step_s[0])
+
+
+def test_an_end_token_does_not_end_it(model: PreTrainedModel) -> None:
+    tokens = measure(model, PROMPT, new_tokens=6, repeats=1).tokens
+    model.generation_config.eos_token_id = tokens[2]
+    assert measure(model, PROMPT, new_tokens=6, repeats=1).tokens == tokens
+    optimize(model, None, quiet=True)
+    assert len(measure(model, PROMPT, new_tokens=6, repeats=1).tokens) == 7
+
+
 def test_medians_and_quartiles() -> None:
     turns = [speed_module.Turn(prefill, [1.0, 2.0, 3.0, 10.0], (1,)) for prefill in (5.0, 4.0, 9.0)]
-    found = speed_module._summary(turns, 7)
+    ids = torch.ones(1, 7, dtype=torch.long)
+    found = speed_module._summary(turns, ids)
     assert found.prefill_s == 5.0 and found.decode_tok_s == 1 / 2.5 and found.prefill_tokens == 7
     assert list(found.step_s) == statistics.quantiles([1.0, 2.0, 3.0, 10.0] * 3, n=4, method="inclusive")
-    assert speed_module._summary([replace(turns[0], steps_s=[4.0])], 7).step_s == (4.0, 4.0, 4.0)
+    assert speed_module._summary([replace(turns[0], steps_s=[4.0])], ids).step_s == (4.0, 4.0, 4.0)
 
 
 @pytest.mark.parametrize(
     ("prompt", "counts", "message"),
     [
-        (torch.ones(2, 4, dtype=torch.long), {}, r"\[1, T\]"),
-        (torch.ones(4, dtype=torch.long), {}, r"\[1, T\]"),
-        (torch.ones(1, 0, dtype=torch.long), {}, r"\[1, T\]"),
+        (torch.ones(4, dtype=torch.long), {}, r"\[B, T\]"),
+        (torch.ones(1, 0, dtype=torch.long), {}, r"\[B, T\]"),
         (PROMPT, {"new_tokens": 0}, "new_tokens=0"),
         (PROMPT, {"repeats": 0}, "repeats=0"),
     ],
@@ -99,13 +116,12 @@ def test_what_cannot_be_measured_is_refused(
         measure(model, prompt, **counts)
 
 
-def test_a_model_in_training_or_without_cache_is_refused(model: PreTrainedModel) -> None:
+def test_a_model_in_training_or_that_does_not_generate_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="training mode"):
         measure(model.train(), PROMPT)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
     bert = AutoModel.from_config(BertConfig(**sizes, num_attention_heads=2)).eval()
-    bert.forward = lambda **kwargs: SimpleNamespace(logits=torch.zeros(1, 1, 4))
-    with pytest.raises(ValueError, match="keeps no cache"):
+    with pytest.raises(ValueError, match="BertModel does not generate"):
         measure(bert, PROMPT)
 
 

@@ -67,7 +67,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     else:
         from transformers import AutoTokenizer
 
-        from ..checkpoints import load as load_checkpoint
+        from ..patch import load as load_checkpoint
 
         folder = _folder(args.model)
         tokenizer = AutoTokenizer.from_pretrained(folder)  # first: it fails at once

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..decode import KVCache
+
 ROWS = 32  # positions whose logits are in float32 at a time: 32 x 262 144 values are 34 MB
 
 
@@ -32,6 +34,7 @@ def perplexity(
     window: int = 512,
     windows: int | None = None,
     bos: int | Literal["auto"] | None = "auto",
+    kv_cache: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of `model` (any Hugging Face causal language model) on `text`.
@@ -44,8 +47,9 @@ def perplexity(
 
     `text` is a string, with its `tokenizer`, or token ids: integers [T]. `windows` limits the count to the first so
     many. `bos` is a token id, None for none, or "auto": the tokenizer's, else (ids without a tokenizer) the model
-    configuration's. `progress` is called with (windows done, windows in all). A model that yields NaN has a NaN
-    perplexity.
+    configuration's. `kv_cache`: "int8" or "int4": keys and values are rounded as a `fastllm.KVCache` of that format
+    keeps them, the token's own included. `progress` is called with (windows done, windows in all). A model that
+    yields NaN has a NaN perplexity.
 
     Raises TypeError for ids that are not integers or a string without tokenizer; ValueError for a text shorter than
     asked for, ids outside the vocabulary, a window beyond the model's positions, and a model in training mode.
@@ -61,7 +65,10 @@ def perplexity(
         ids = tokens[index * window : (index + 1) * window].to(model.device)
         if bos is not None:
             ids = torch.cat([ids.new_tensor([bos]), ids[1:]])
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]  # [window, V]
+        cache: dict[str, Any] = {"use_cache": False}
+        if kv_cache is not None:
+            cache = {"past_key_values": KVCache(model.config, kv_cache), "use_cache": True}
+        logits = model(input_ids=ids[None], **cache).logits[0]  # [window, V]
         total += _negative_log_likelihood(logits, ids)
         if progress is not None:
             progress(index + 1, count)

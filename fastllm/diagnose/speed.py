@@ -1,6 +1,5 @@
 """How fast a causal language model answers: seconds to read a prompt, tokens per second after it."""
 
-import inspect
 import statistics
 import time
 from collections.abc import Mapping
@@ -19,12 +18,12 @@ WARM_UP = 2  # decode steps before the clock counts: first calls allocate, and l
 
 @dataclass(frozen=True)
 class Speed:
-    """Batch 1, greedy. Times are wall-clock seconds.
+    """Of `model.generate`, greedy. Times are wall-clock seconds.
 
-    prefill_s:    median over the repeats of reading `prefill_tokens` tokens, up to the logits of the last one
-    decode_tok_s: 1 / the median step, where a step reads one token, the others being in the cache, and yields the next
+    prefill_s:    median over the repeats of the time to the first token, after a prompt of `prefill_tokens` tokens
+    decode_tok_s: rows / the median step, where a step reads one token of each row and yields the next
     step_s:       the quartiles of all steps; the first tells what the machine does when nothing disturbs it
-    tokens:       the tokens chosen after the prompt; the same in each repeat, of which the last counts
+    tokens:       the tokens chosen after the prompt, in the first row; of the last repeat, as of all
     """
 
     prefill_s: float
@@ -34,18 +33,19 @@ class Speed:
     new_tokens: int
     repeats: int
     tokens: tuple[int, ...]
+    rows: int = 1
 
     @property
     def fastest_quarter_tok_s(self) -> float:
         """Tokens per second that a quarter of the steps reach or exceed."""
-        return 1 / self.step_s[0]
+        return self.rows / self.step_s[0]
 
 
 def measure(model: PreTrainedModel, prompt_ids: Tensor, new_tokens: int = 32, repeats: int = 3) -> Speed:
-    """The speed of `model` after the prompt [1, T]: `repeats` prefills, each followed by `new_tokens` timed steps.
+    """The speed of `model` after the prompt [B, T]: `repeats` prefills, each followed by `new_tokens` timed steps.
 
     The end-of-sequence token does not end it, so every model does the same work. Raises ValueError for a prompt that
-    is not one row of ids, counts below 1, a model in training mode, or a model that keeps no cache.
+    is no matrix of ids, counts below 1, a model in training mode, or a model that does not generate.
     """
     return measure_alternating({"": model}, prompt_ids, new_tokens, repeats)[""]
 
@@ -57,19 +57,21 @@ def measure_alternating(
 
     Only ratios between the results of one call are worth quoting.
     """
-    if prompt_ids.ndim != 2 or len(prompt_ids) != 1 or not prompt_ids.numel():
-        raise ValueError(f"prompt_ids must be one row of token ids [1, T], got {list(prompt_ids.shape)}")
+    if prompt_ids.ndim != 2 or not prompt_ids.numel():
+        raise ValueError(f"prompt_ids must be token ids [B, T], got {list(prompt_ids.shape)}")
     if min(new_tokens, repeats) < 1:
         raise ValueError(f"new_tokens={new_tokens} and repeats={repeats} must be at least 1")
     for model in models.values():
         if model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
+        if not hasattr(model, "generate"):
+            raise ValueError(f"{type(model).__name__} does not generate: only causal language models are measured")
         _turn(model, prompt_ids[:, -8:], WARM_UP)
     turns: dict[str, list[Turn]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
             turns[name].append(_turn(model, prompt_ids, new_tokens))
-    return {name: _summary(found, prompt_ids.shape[1]) for name, found in turns.items()}
+    return {name: _summary(found, prompt_ids) for name, found in turns.items()}
 
 
 @dataclass(frozen=True)
@@ -79,44 +81,51 @@ class Turn:
     tokens: tuple[int, ...]
 
 
-@torch.inference_mode()
-def _turn(model: PreTrainedModel, prompt_ids: Tensor, new_tokens: int) -> Turn:
-    """One prefill and `new_tokens` steps. The token is fetched after each, as a loop that prints or stops must do."""
-    known = inspect.signature(model.forward).parameters
-    only_last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    ids = prompt_ids.to(model.device)
+class Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())  # the first value is the prompt
+
+    def end(self) -> None:
+        pass
+
+
+def _turn(model: Any, prompt_ids: Tensor, new_tokens: int) -> Turn:
+    """One `generate`. Tokens are fetched after each step, as for a user who reads along."""
+    ids, clock = prompt_ids.to(model.device), Clock()
     start = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True, **only_last)
-    tokens = [_greedy(out)]
-    prefill = time.perf_counter() - start
-    cache = getattr(out, "past_key_values", None)
-    if cache is None:
-        raise ValueError(f"{type(model).__name__} keeps no cache of keys and values, so it cannot decode step by step")
-    steps: list[float] = []
-    for _ in range(new_tokens):
-        start = time.perf_counter()
-        out = model(input_ids=ids.new_tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True)
-        tokens.append(_greedy(out))
-        steps.append(time.perf_counter() - start)
-        cache = out.past_key_values
-    return Turn(prefill, steps, tuple(tokens))
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens + 1,
+        eos_token_id=None,
+        pad_token_id=0,
+        do_sample=False,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        streamer=clock,
+    )
+    steps = [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
+    return Turn(clock.times[1] - start, steps, tuple(out[0, ids.shape[1] :].tolist()))
 
 
-def _greedy(out: Any) -> int:
-    return int(out.logits[0, -1].argmax())  # waits for the device
-
-
-def _summary(turns: list[Turn], prefill_tokens: int) -> Speed:
+def _summary(turns: list[Turn], prompt_ids: Tensor) -> Speed:
     steps = sorted(step for turn in turns for step in turn.steps_s)
     quartiles = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
     return Speed(
         prefill_s=statistics.median(turn.prefill_s for turn in turns),
-        prefill_tokens=prefill_tokens,
-        decode_tok_s=1 / quartiles[1],
+        prefill_tokens=prompt_ids.shape[1],
+        decode_tok_s=len(prompt_ids) / quartiles[1],
         step_s=(quartiles[0], quartiles[1], quartiles[2]),
         new_tokens=len(turns[0].steps_s),
         repeats=len(turns),
         tokens=turns[-1].tokens,
+        rows=len(prompt_ids),
     )
 
 

@@ -82,6 +82,12 @@ def agrees(experts: Any) -> bool:
     return bool((got - want).norm() <= 0.02 * want.norm())
 
 
+def _one_launch(layers: list[QuantLinear]) -> bool:
+    """Whether one kernel can read them all: planar, and of one shape."""
+    first = layers[0]
+    return first.layout == "planar" and all(layer.shape == first.shape for layer in layers) and can_stack(layers)
+
+
 class QuantExperts(nn.Module):
     """Experts whose weights stay packed: one `QuantLinear` for each expert and projection.
 
@@ -141,7 +147,7 @@ class QuantExperts(nn.Module):
         layers = [layer for layer in getattr(self, which) if isinstance(layer, QuantLinear)]
         found = self._stacks.get(which)
         if found is None or not found.holds(layers):
-            if not can_stack(layers) or len(layers) != self.num_experts:
+            if len(layers) != self.num_experts or not _one_launch(layers):
                 return None
             found = self._stacks[which] = stack(layers)
         return found
@@ -156,6 +162,7 @@ class QuantExperts(nn.Module):
         def project(stacked: Stack, layer: Any, x: Tensor, per_token: int) -> Tensor:
             N, bits, group = layer.out_features, layer.format.bits, layer.format.group or layer.in_features
             w, scale, zero, bias, _ = stacked
+            assert scale is not None
             return expert_matmul(x, slots, tiles, w, scale, zero, bias, N, bits, group, per_token)
 
         inner = project(up, self.up[0], hidden, top_k)

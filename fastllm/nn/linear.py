@@ -155,21 +155,19 @@ class QuantLinear(nn.Module):
         # straight from the dictionaries: a small layer is called in 20 us, of which nn.Module.__getattr__ would take 2
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
-        if self.format.activations:
-            w, scale, zero, bias = parameters["weight_packed"], buffers["_scale"], buffers["_zero"], parameters["bias"]
-            return dynamic_matmul(x, w, scale, zero, bias, self.out_features, self.layout, self.batch_invariant)
-        return quant_matmul(
-            x,
-            parameters["weight_packed"],
-            buffers["_scale"],
-            buffers["_zero"],
-            parameters["bias"],
-            self.out_features,
-            self.format.bits,
-            self.format.group or self.in_features,
-            self.layout,
-            self.batch_invariant,
-        )
+        w, scale, zero, bias = parameters["weight_packed"], buffers["_scale"], buffers["_zero"], parameters["bias"]
+        return self.product(x, w, scale, zero, bias, self.out_features)
+
+    def product(
+        self, x: Tensor, w: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None, N: int
+    ) -> Tensor:
+        """x times prepared weights of this layer's format and layout: its own, or those of several layers."""
+        assert scale is not None
+        format, layout = self.format, self.layout
+        if format.activations:
+            return dynamic_matmul(x, w, scale, zero, bias, N, layout, self.batch_invariant)
+        group = format.group or self.in_features
+        return quant_matmul(x, w, scale, zero, bias, N, format.bits, group, layout, self.batch_invariant)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

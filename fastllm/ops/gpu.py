@@ -17,6 +17,7 @@ SCRATCH = 1 << 25  # weights that are dense at any one time: 64 MiB in 16 bits; 
 
 class Planar(Layout):
     name, runs = "planar", "triton dequant-matmul"
+    stacks = 1
 
     def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return [

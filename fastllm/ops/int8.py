@@ -51,6 +51,7 @@ def _widen(x: Tensor, K: int) -> Tensor:
 
 class Int8Rows(Layout):
     name, runs = "int8rows", "aten int8pack / bf16 GEMM"
+    stacks = TILE
     direct_rows = 10  # rows of x up to which the operator beats a cast and a GEMM
 
     def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -70,19 +71,20 @@ class Int8Rows(Layout):
         return p.w[rows, :K].to(dtype) * p.scale[rows, None].to(dtype)
 
     def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
+        rows = p.w.shape[0]
         xs = _widen(x.to(torch.bfloat16), p.w.shape[1]).contiguous()
-        if len(x) > self.direct_rows:
+        if x.shape[0] > self.direct_rows:
             # an int8 is exact in bfloat16; the scale goes on the output, which is smaller than the weight
             parts = [linear(xs, w.to(xs.dtype)) for w in p.w.split(self.step(xs.shape[1]))]
             y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         elif p.scale.dtype == xs.dtype:
             y = torch.ops.aten._weight_int8pack_mm(xs, p.w, p.scale)
-            return (y if len(p.w) == N else y[:, :N].contiguous()).to(x.dtype)
+            return (y if rows == N else y[:, :N].contiguous()).to(x.dtype)
         else:  # rounding the scale to the operator's dtype would cost as much as the quantization does
-            y = torch.ops.aten._weight_int8pack_mm(xs, p.w, xs.new_ones(len(p.w)))
+            y = torch.ops.aten._weight_int8pack_mm(xs, p.w, xs.new_ones(rows))
         # sums of up to 127 times x overflow float16, and a float32 scale would lose bits in bfloat16
         y = y.mul_(p.scale) if p.scale.dtype == y.dtype == x.dtype else y.float().mul_(p.scale).to(x.dtype)
-        return y if len(p.w) == N else y[:, :N].contiguous()
+        return y if rows == N else y[:, :N].contiguous()
 
 
 class Int8Blocks(Layout):

@@ -27,6 +27,8 @@ class Layout(ABC):
     name: str
     runs: str  # what runs on it, for the report
     slow = False  # whether dense weights would be as fast, so that the report says why nothing faster runs
+    stacks = 0  # weights whose rows are a multiple of this lie one below the other in one tensor; 0: they cannot
+    scale_rows = 0  # the dimension of the prepared scale that goes along the rows
 
     @abstractmethod
     def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -133,6 +135,7 @@ class Rest(Layout):
     """The layout of the checkpoint. Runs anywhere, by dequantising and multiplying: the definition of the op."""
 
     name, runs = "rest", "dequantise + matmul"
+    stacks = 8  # zero points at rest are packed eight rows to a word
 
     def reasons(self, format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[str]:
         return ["it leaves activations as they are"] if format.activations else []

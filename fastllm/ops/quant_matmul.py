@@ -66,7 +66,7 @@ def _forward(
     batch_invariant: bool = False,
 ) -> Tensor:
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    if not len(rows):
+    if not rows.shape[0]:
         return x.new_empty(*x.shape[:-1], N)
     y = LAYOUTS[layout].linear(rows, Prepared(w, scale, zero), bias, N, bits, group, batch_invariant)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], N)

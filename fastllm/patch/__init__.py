@@ -2,6 +2,7 @@
 
 from .apply import is_patched, optimize, optimized, restore
 from .errors import CoverageError, NotSupportedError
+from .load import load
 from .report import Report
 
-__all__ = ["CoverageError", "NotSupportedError", "Report", "is_patched", "optimize", "optimized", "restore"]
+__all__ = ["CoverageError", "NotSupportedError", "Report", "is_patched", "load", "optimize", "optimized", "restore"]

@@ -17,6 +17,7 @@ from .accuracy import agreement
 from .errors import NotSupportedError, refuse_coverage, refuse_state
 from .plan import Decision, Patterns, Planner
 from .report import Report, memory
+from .speedups import Speedups
 
 logger = logging.getLogger("fastllm")
 
@@ -24,15 +25,17 @@ logger = logging.getLogger("fastllm")
 class Patch:
     """What was done to a model: enough to undo it."""
 
-    def __init__(self, report: Report):
-        self.report = report
+    def __init__(self, report: Report, speedups: Speedups):
+        self.report, self.speedups = report, speedups
+        report.speedups = speedups
+        self.loaded = False  # whether the layers came packed
         self.originals: dict[str, nn.Module] = {}
         self.hook: SaveHook | None = None
 
 
 def optimize(
     model: Any,
-    weights: str | Format | Mapping[str, str | Format | None] = "int4",
+    weights: str | Format | Mapping[str, str | Format | None] | None = "int4",
     *,
     activations: str | None = None,
     group_size: int | None = None,
@@ -42,15 +45,22 @@ def optimize(
     exclude: Patterns = (),
     min_coverage: float = 0.5,
     batch_invariant: bool = False,
+    attention: bool = True,
+    fuse: bool | str | tuple[str, ...] = True,
+    kv_cache: str | None = None,
+    decode: bool = True,
     keep: bool = True,
     prompt: Tensor | None = None,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Report:
-    """Quantize the weights, on request the activations too, of a Hugging Face model in place; return a report.
+    """Make a Hugging Face model faster, in place: quantized weights, attention, fused modules, a lean decoding loop.
+
+    Each of them is checked on the model before it stays; what was done, what was not and why is in the report.
 
     weights:      "int4", "int8", "fp8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module
-                  names: format or None}, of which the first match counts and what matches none stays dense
+                  names: format or None}, of which the first match counts and what matches none stays dense; None:
+                  they stay as they are
     activations:  "int8": the inputs of the layers, too, are rounded to 8 bits when they come, token by token, and the
                   products are integers; needs weights="int8". The output head and experts keep theirs (insist on the
                   head's with lm_head="int8-a8"). In a mapping, "int8-a8" names such a format.
@@ -65,6 +75,11 @@ def optimize(
     min_coverage: raise CoverageError if fewer of the bytes read per token would be quantized
     batch_invariant: the quantized layers give a token the same bits whatever else is in the batch; slower for many
                   tokens on a GPU, and much slower on a CPU, which takes them one by one
+    attention:    fastllm's attention in place of the model's own, for models that let it be exchanged
+    fuse:         True, False, or some of "norm", "mlp", "attention": norms, gated feed-forward blocks and attention
+                  blocks whose answer a fused form gives run in that form, with projections of one input merged
+    kv_cache:     "int8" or "int4": `generate` keeps keys and values so; None: as they come
+    decode:       `generate` runs fastllm's loop where that can do what is asked, transformers' own elsewhere
     keep:         keep the original modules, where they are, so that `restore` is exact; False frees them at the end
                   (`fastllm.load` quantizes while it reads and never holds both)
     prompt:       token ids [1, T] for the accuracy check; by default 64 random ones
@@ -76,30 +91,39 @@ def optimize(
     """
     model = _inner(model)
     if is_patched(model):
+        if model._fastllm.loaded and weights is not None:
+            refuse_coverage(
+                Planner(weights, group_size, lm_head, include, exclude, activations).plan(model), 1e-9, model
+            )
         logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
         return model._fastllm.report
     refuse_state(model)
-    plan = Planner(weights, group_size, lm_head, include, exclude, activations).plan(model)
-    if not plan.chosen:
-        min_coverage = max(min_coverage, 1e-9)
-    refuse_coverage(plan, min_coverage, model)
-    report = Report(model, plan, keep)
-    if dry_run:
-        return report
-    _apply(model, report, method, probe(model, prompt), prompt is not None, quiet, batch_invariant)
-    return report
+    if weights is None:
+        plan = Planner({}, None, False, (), ()).plan(model)
+        for decision in plan.decisions:
+            decision.reason = decision.remedy = ""  # it was not asked for
+    else:
+        plan = Planner(weights, group_size, lm_head, include, exclude, activations).plan(model)
+        refuse_coverage(plan, min_coverage if plan.chosen else max(min_coverage, 1e-9), model)
+    patch = Patch(Report(model, plan, keep), Speedups(model, attention, fuse, kv_cache, decode))
+    if not dry_run:
+        _apply(model, patch, method, probe(model, prompt), prompt is not None, quiet, batch_invariant)
+    return patch.report
 
 
 def _apply(
-    model: Any, report: Report, method: str | None, ids: Tensor, real: bool, quiet: bool, batch_invariant: bool
+    model: Any, patch: Patch, method: str | None, ids: Tensor, real: bool, quiet: bool, batch_invariant: bool
 ) -> None:
-    """Do what `report` plans, all of it or nothing, and complete the report."""
-    before, patch, chosen = outputs(model, ids), Patch(report), report.plan.chosen
+    """Do what the report of `patch` plans, all of it or nothing, and complete the report."""
+    report, before = patch.report, outputs(model, ids)
+    chosen = report.plan.chosen
     with ExitStack() as on_failure:
         on_failure.callback(_undo, model, patch)
         for decision in track(chosen, "quantizing", [d.before for d in chosen], quiet):
             _replace(model, decision, patch, method, batch_invariant)
-        patch.hook = SaveHook.attach(model)
+        if chosen:
+            patch.hook = SaveHook.attach(model)
+        patch.speedups.apply(ids)
         after = outputs(model, ids)
         if not bool(before.isnan().any()):
             refuse_nan(after)
@@ -145,6 +169,7 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def _undo(model: nn.Module, patch: Patch) -> None:
+    patch.speedups.undo()
     if patch.hook is not None:
         patch.hook.detach()
     for name, original in patch.originals.items():
@@ -167,7 +192,7 @@ def restore(model: Any) -> Any:
     if not is_patched(inner):
         raise NotSupportedError("the model is not optimized by fastllm; nothing to restore")
     patch = inner._fastllm
-    if not patch.originals:
+    if patch.report.plan.chosen and not patch.originals:
         raise NotSupportedError("the originals were freed (keep=False); load the model again")
     _undo(inner, patch)
     del inner._fastllm

@@ -40,6 +40,7 @@ class Report:
         self.has_vocabulary = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
         self.memory_before, self.memory_after, self.memory_kept = memory(model), 0, 0
         self.accuracy: Accuracy | None = None
+        self.speedups: Any = None  # attention, fused modules and the decoding loop (`fastllm.patch.speedups`)
 
     @property
     def dry_run(self) -> bool:
@@ -70,14 +71,13 @@ class Report:
             before, after = (sum(getattr(d, side) for d in found) for side in ("before", "after"))
             count = sum(d.layers for d in found)
             lines.append(f"  {part:36} {count:6} {size(before):>9} {size(after):>9}  {'; '.join(runs)}")
-        lines.append(
-            f"  {done} {size(self.plan.before)} -> {size(self.plan.after)} per token; "
-            f"{self.coverage:.1%} of it quantized"
-        )
+        change = f" -> {size(self.plan.after)} per token; {self.coverage:.1%} of it quantized"
+        lines.append(f"  {done} {size(self.plan.before)}{change if self.plan.chosen else ' per token'}")
         for reason, found in self._skipped().items():
             names = found[0].name if len(found) == 1 else f"{found[0].name} and {len(found) - 1} more"
             lines.append(f"  skipped {names} ({size(sum(d.before for d in found))}): {reason}")
         if not self.dry_run:
+            lines += [f"  {line}" for line in self.speedups.lines()]
             kept = f" + {size(self.memory_kept)} of originals (keep=False frees them)" if self.keep else ""
             lines.append(f"  memory {size(self.memory_before)} -> {size(self.memory_after)}{kept}")
             lines.append(f"  check: {self.accuracy}")
@@ -108,4 +108,5 @@ class Report:
             "memory_of_originals": self.memory_kept,
             "accuracy": asdict(self.accuracy) if self.accuracy else None,
             "decisions": decisions,
+            **self.speedups.to_dict(),
         }
