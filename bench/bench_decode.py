@@ -3,8 +3,8 @@
     python bench/bench_decode.py [--cases 32/8-d128-b1-2k,...] [--seconds 0.1] [--device cpu]
 
 Runs on the GPU if there is one, else on the CPU. Writes bench/results/<device>/decode.json and .md. Caches are cold:
-calls rotate over so many of them that each reads memory. On a GPU speed is given in bytes of the cache, scales, queries
-and results, each once, in a second, and as a share of the bandwidth that this GPU was measured to have.
+calls rotate over so many of them that each reads memory. On a GPU speed is given in bytes a second, of the cache, its
+scales, queries and results, each once, and as a share of the bandwidth that this GPU was measured to have.
 """
 
 import argparse

@@ -30,6 +30,10 @@ def section(path: Path) -> str:
         "`int4` is `int4-g32`, head included; `mixed` is int8 with an `int4-g64` head. "
         f"{result['verdict']}",
     ]
+    generate = path.parent / "generate.md"
+    if generate.exists():
+        head, table = generate.read_text(encoding="utf-8").strip().split("\n\n")
+        lines += ["", f"{head} ([generate.json]({folder}/generate.json))", "", table]
     return "\n".join(lines)
 
 

@@ -1,11 +1,14 @@
-"""Every check, test and benchmark of the project that needs a GPU, in one command of a few minutes.
+"""Every check, test and benchmark of the project that needs a GPU, in two commands of a few minutes each.
 
-    python bench/gpu.py [--minutes 9] [--out DIR] [--wheels DIR]
+    python bench/gpu.py [--part matmul] [--minutes 9] [--out DIR] [--wheels DIR]
+    python bench/gpu.py --part attention [--minutes 9] [--out DIR]
 
-Prints the environment; runs the kernel tests and all tests marked `gpu`, whole models, bench_quant_matmul.py on a
-reduced grid (alone, and beside other libraries), and the tuner in the time that is left. Each is a process with a time
-of its own, so a failure of one does not stop the rest. Writes gpu.log, gpu.md and the results into DIR (by default
-bench/results/<device>/) and prints what matters last. Exit status 1 if any stage failed.
+Prints the environment; runs the tests of the part's kernels, whole models and, with the matmuls, all tests marked
+`gpu`. Then for the matmuls bench_quant_matmul.py on a reduced grid (alone, and beside other libraries), and the tuner
+in the time that is left; for attention the benchmarks of attention, decoding, the small fused kernels and `generate`
+of whole models. Each is a process with a time of its own, so a failure of one does not stop the rest. Writes gpu.log
+and gpu.md (gpu_attention.log and .md) and the results into DIR (by default bench/results/<device>/), and prints what
+matters last. Exit status 1 if any stage failed.
 
 --wheels: a folder with wheels of the libraries to compare with (requirements/peers-gpu.txt); no network is needed.
 """
@@ -32,15 +35,26 @@ TESTS = (
     "tests/test_kernel_*.py", "tests/test_tickets.py", "tests/test_*int8*.py", "tests/test_*fp8*.py",
     "tests/test_dynamic_*.py", "tests/test_*expert*.py", "tests/test_activations.py",
 )  # fmt: skip
+ATTENTION_TESTS = (
+    "tests/test_flash_attention.py", "tests/test_attention.py", "tests/test_kernel_decode_attention.py",
+    "tests/test_decode_attention.py", "tests/test_norm.py", "tests/test_rotary.py", "tests/test_append_kv.py",
+    "tests/test_gated_activation.py", "tests/test_graph.py", "tests/test_tickets.py",
+)  # fmt: skip
 MAIN = "8192x8192"
 SHAPES = f"{MAIN},4096x4096,6144x4096,4096x14336,28672x4096"
 ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
+REPORTS = {  # what a stage of attention writes to be read
+    "decode attention": "decode.md",
+    "attention": "attention.md",
+    "fused": "fused.md",
+    "generate": "generate.md",
+}
 PRINTED = 9000  # characters at most, at the end: a caller may see only so much
 
 
-def tests() -> list[str]:
-    """The files that TESTS names, each once."""
-    found = [path for pattern in TESTS for path in sorted(ROOT.glob(pattern))]
+def tests(patterns: tuple[str, ...] = TESTS) -> list[str]:
+    """The files that the patterns name, each once."""
+    found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     # what only compiles needs no GPU, and would compile everything again in each process
     return [str(path.relative_to(ROOT)) for path in dict.fromkeys(found) if "compile" not in path.name]
 
@@ -83,6 +97,25 @@ def stages(out: Path, minutes: float) -> list[Stage]:
     ]
 
 
+def attention_stages(out: Path, minutes: float) -> list[Stage]:
+    """As `stages`, for attention and what is around it; whole models take the rest."""
+    python, scale, where = sys.executable, minutes / 9, ["--device", "cuda", "--out", str(out)]
+    parallel = ["-n", "12"] if find_spec("xdist") else []
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40"]
+    prefill = [python, "bench/bench_attention.py", *where, "--budget", "{seconds}"]
+    return [
+        Stage("attention tests", [*pytest, *parallel, *tests(ATTENTION_TESTS)], 130 * scale),
+        Stage("whole models", [python, "bench/gpu_smoke.py"], 40 * scale),
+        Stage("decode attention", [python, "bench/bench_decode.py", *where], 90 * scale),
+        Stage("attention", prefill, 100 * scale),
+        Stage("fused", [python, "bench/bench_fused.py", *where], 30 * scale),
+        Stage("generate", [python, "bench/bench_generate.py", *where, "--runs", "fused,int4", "--repeats", "3"], None),
+    ]
+
+
+PARTS = {"matmul": stages, "attention": attention_stages}
+
+
 def install(wheels: Path, target: str) -> Stage:
     """A stage that unpacks the wheels into `target`, without a network and without what they require."""
     files = sorted(str(path) for path in wheels.glob("*.whl"))
@@ -107,6 +140,10 @@ def last_lines(text: str, start: str, characters: int) -> str:
 def told(results: list[Result], out: Path) -> str:
     """What the caller should see: what failed, then the numbers, then the stages."""
     parts = [tails(results, 2500)]
+    for result in results:
+        path = out / REPORTS.get(result.name, "none")
+        if result.ok and path.exists():
+            parts.append(path.read_text(encoding="utf-8")[:2600])
     path = out / "quant_matmul.json"
     fresh = any(result.name.endswith("cuBLAS") and result.seconds > 0 for result in results)
     if fresh and path.exists():
@@ -126,6 +163,7 @@ def told(results: list[Result], out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, default="matmul", help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=9.0, help="in all (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder (default: bench/results/<device>)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of the libraries to compare with")
@@ -135,18 +173,19 @@ def main() -> None:
         sys.exit("bench/gpu.py needs a CUDA GPU, and torch sees none here; `make test` and `make bench` run on a CPU")
     out = (args.out or RESULTS / device_name("cuda")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    log = out / "gpu.log"
+    name = "gpu" if args.part == "matmul" else f"gpu_{args.part}"
+    log = out / f"{name}.log"
     facts = json.dumps(about("cuda"), indent=1)
     log.write_text(facts + "\n", encoding="utf-8")
     print(facts, flush=True)
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as target:
-        todo = ([install(args.wheels.resolve(), target)] if args.wheels else []) + stages(out, args.minutes)
+        todo = ([install(args.wheels.resolve(), target)] if args.wheels else []) + PARTS[args.part](out, args.minutes)
         left = 60 * args.minutes - (time.perf_counter() - start)
         # only where they are compared with: transformers imports some of them as soon as it can
         results = run_all(todo, left, log, environment(None), environment(target))
     text = told(results, out)
-    (out / "gpu.md").write_text(f"```\n{facts}\n```\n\n{text}\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(f"```\n{facts}\n```\n\n{text}\n", encoding="utf-8")
     print("\n" + text, flush=True)
     sys.exit(0 if all(result.ok for result in results) else 1)
 

@@ -5,7 +5,7 @@ among programs, and within a program among its warps, so that no warp waits for 
 """
 
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from .decode_config import (
     config,
     splits,
 )
-from .decode_merge import finite, keep_parts, merge, over_warps, store_parts, stretch
+from .decode_merge import finite, over_warps, share, store_parts, stretch
 from .kv_load import cols, empty_sums, load_queries, parts_of, rows, scores, weigh, width_of
 from .launch import Plan, launch, on_device
 from .operands import device_of, interpreted, uses_ptx
@@ -73,7 +73,7 @@ def _page(block_table, n, offs_n, low, high, PAGE: tl.constexpr, BLOCK_N: tl.con
     return page
 
 
-# A binary serves every length, batch and layout of the cache: what it may assume of strides is UNIT, which divides them.
+# A binary serves every length, batch and layout of the cache: all it may assume of strides is that UNIT divides them.
 @triton.jit(do_not_specialize=NUMBERS)
 def _decode_attention(
     q, k, v, k_scale, v_scale, kv_end, kv_start, block_table, sinks, slopes, mask, out, partial, tickets,
@@ -83,7 +83,8 @@ def _decode_attention(
     stride_tb, stride_mb, stride_mh, stride_ms,
     SQ: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, FORMAT: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UNIT_Q: tl.constexpr, UNIT: tl.constexpr, UNIT_S: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, PTX: tl.constexpr,
+    STEPS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows over one split of its keys; the last split to finish puts the splits together.
 
@@ -118,20 +119,18 @@ def _decode_attention(
     mask_ptrs = mask
     if mask is not None:
         mask_ptrs = mask + (batch * stride_mb + own.to(tl.int64) * stride_mh + query * stride_ms)
-    head = head.to(tl.int64)
     if FORMAT:
         k, v = k.to(tl.pointer_type(tl.int16), bitcast=True), v.to(tl.pointer_type(tl.int16), bitcast=True)
-    k += head * stride_kh * UNIT
-    v += head * stride_vh * UNIT
-    if FORMAT:
-        k_scale += head * stride_ksh * UNIT_S
-        v_scale += head * stride_vsh * UNIT_S
+        k_scale += head.to(tl.int64) * stride_ksh * UNIT_S
+        v_scale += head.to(tl.int64) * stride_vsh * UNIT_S
+    k += head.to(tl.int64) * stride_kh * UNIT
+    v += head.to(tl.int64) * stride_vh * UNIT
     if PAGE:
         block_table += batch * stride_tb
         next_page = _page(block_table, begin, offs_n, low, high, PAGE, BLOCK_N)
 
-    m, l = tl.full(offs_m.shape, float("-inf"), tl.float32), tl.zeros(offs_m.shape, tl.float32)
-    sums = empty_sums(l, FORMAT, DV, BLOCK_V)
+    m, total = tl.full(offs_m.shape, float("-inf"), tl.float32), tl.zeros(offs_m.shape, tl.float32)
+    sums = empty_sums(total, FORMAT, DV, BLOCK_V)
     for step in range(0, tl.cdiv(high - begin, BLOCK_N) if STEPS is None else STEPS):
         keys = begin + step * BLOCK_N + offs_n
         valid = (keys >= low) & (keys < high)
@@ -150,28 +149,21 @@ def _decode_attention(
         s = tl.where(_seen(mask_ptrs, keys, valid, pos, window, SQ, WINDOW), s, float("-inf"))
         top = tl.maximum(m, tl.max(s, LAST))
         p, alpha = tl.exp2(s - rows(finite(top))), tl.exp2(m - finite(top))
-        l = l * alpha + tl.sum(p, LAST)
+        total = total * alpha + tl.sum(p, LAST)
         m = top
         sums = weigh(sums, alpha, p, v, v_scale, offs_v, offs_vs, valid, dtype, FORMAT, DV, BLOCK_V, PTX)
     if WARPS > 1:
-        sums, m, l = over_warps(sums, m, l, PARTS + (FORMAT == 4))
+        sums, m, total = over_warps(sums, m, total, PARTS + (FORMAT == 4))
 
     out += batch * (SQ * HQ * DV)
     if partial is None:
-        store_parts(out, sums, m, l, sinks, row, head, HQ, SQ, HEADS, DV, FORMAT, BLOCK_V)
+        store_parts(out, sums, m, total, sinks, row, head, HQ, SQ, HEADS, DV, FORMAT, BLOCK_V)
     elif active == 1:
-        store_parts(out, sums, m, l, sinks, row, head, HQ, SQ, HEADS, DV, FORMAT, BLOCK_V)
+        store_parts(out, sums, m, total, sinks, row, head, HQ, SQ, HEADS, DV, FORMAT, BLOCK_V)
     else:
         ROWS: tl.constexpr = BLOCK_M if TOTAL > BLOCK_M else TOTAL
-        mine = tile.to(tl.int64) * splits
-        maxima = partial + tl.num_programs(0).to(tl.int64) * splits * (ROWS * DV) + mine * (2 * ROWS)
-        partial += mine * (ROWS * DV)
-        keep_parts(partial, maxima, sums, m, l, split, ROWS, DV, FORMAT, BLOCK_V)
-        tl.debug_barrier()  # all threads have written before one of them says so
-        if tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu") == active - 1:
-            limit = active if SPLITS is None else SPLITS
-            merge(partial, maxima, active, limit, out, sinks, row, head, HQ, SQ, HEADS, ROWS, DV)
-            tl.store(tickets + tile, 0)
+        share(partial, tickets, active, sums, m, total, out, sinks, row, head, HQ,
+              SQ, HEADS, ROWS, DV, FORMAT, BLOCK_V, SPLITS)  # fmt: skip
 
 
 def decode_attention(
@@ -231,7 +223,7 @@ class Ready(NamedTuple):
     """A launch, but for its tensors. sums: float32 that splits keep, 0 without them. kind: see `launch`."""
 
     grid: tuple[int, int, int]
-    numbers: tuple[float, ...]
+    numbers: tuple[Any, ...]
     plan: Plan
     kind: tuple
     sums: int
@@ -249,9 +241,11 @@ def _ready(
     tile: Config | None,
     ptx: bool,
 ) -> Ready:
-    """Cached: a layer's operands look like those of the layer before it, and of the step before it in a static cache."""
+    """Cached: operands look like those of the layer before, and in a static cache like those of the step before."""
     p = check(operands, format, window, softcap)
-    q, device = operands[0], operands[0].device
+    q = operands[0]
+    assert q is not None
+    device = q.device
     processors = device_of(device.index)[1] if device.type == "cuda" else MULTIPROCESSORS
     rows = p.Hq // p.Hkv * p.Sq
     fp32 = q.dtype == torch.float32
@@ -261,7 +255,7 @@ def _ready(
     count = num_splits or splits(tiles, p.L, tile, p.key_bytes, 4 * kept * p.Dv, processors)
     numbers, units = p.numbers(1.0 / p.D**0.5 if scale is None else scale, softcap or 0.0, window or 0)
     inside = interpreted(_decode_attention)
-    each = -(-(-(-p.L // tile.BLOCK_N)) // count)
+    each = triton.cdiv(triton.cdiv(p.L, tile.BLOCK_N), count)
     constants = (p.Sq, p.Hq // p.Hkv, p.D, p.Dv, p.bits if format else 0, p.page, window is not None, bool(softcap),
                  *units, tile.BLOCK_M, tile.BLOCK_N, tile.WARPS, ptx,
                  each if inside else None, count if inside else None)  # fmt: skip

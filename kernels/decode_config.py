@@ -8,7 +8,8 @@ import torch
 
 NUMBERS = [
     "HQ", "HKV", "L", "scale", "softcap", "window",
-    "stride_qb", "stride_qh", "stride_qs", "stride_kb", "stride_kh", "stride_kl", "stride_vb", "stride_vh", "stride_vl",
+    "stride_qb", "stride_qh", "stride_qs", "stride_kb", "stride_kh", "stride_kl", 
+    "stride_vb", "stride_vh", "stride_vl",
     "stride_ksb", "stride_ksh", "stride_ksl", "stride_vsb", "stride_vsh", "stride_vsl",
     "stride_tb", "stride_mb", "stride_mh", "stride_ms",
 ]  # fmt: skip
@@ -24,7 +25,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200; an A100 has 108
 MOST_SPLITS = 64
 # How `splits` sees a device: estimates, in bytes, or shares of the memory's bandwidth (a 132nd, on an H100: 25 GB/s).
 TOGETHER = 2  # programs that a multiprocessor runs at a time
-FASTEST = 1.5  # shares that one multiprocessor uses while others idle: 64 KB on their way for 0.7 us could be 3.6
+FASTEST = 2  # shares that one multiprocessor uses while others idle: 64 KB on their way for 0.7 us could be 3.6
 START = 8 << 10  # what a share delivers while a program starts, which others on its multiprocessor half hide
 SHARE_OF_L2 = 4  # shares at which sums come out of the cache, to the program that puts them together
 
@@ -49,19 +50,17 @@ class Row(NamedTuple):
 
 
 MANY = 1 << 31
-# Bits of a stored number -> rows. Loads of two to three blocks are on their way, 32 KB at least, and twice or three
-# times as much where programs share a multiprocessor. Sums of the warps' own, [BLOCK_M, D] each, have room up to
-# D = 128; beyond it the warps share them. With 4 bits the parts of a value are too narrow to be shared: more than 16
-# rows are several tiles, which read the keys out of the cache.
+# Bits of a stored number -> rows. Loads of about two blocks are on their way, 28 KB and more, in each of the two
+# programs that a multiprocessor has. Sums of the warps' own, [BLOCK_M, D] each, have room up to D = 128; beyond it the
+# warps share them. With 4 bits the parts of a value are too narrow to be shared. More rows than a tile has are several
+# tiles, which read the keys out of the cache: 64 rows would be for sm_90's wgmma, whose sums spill.
 ROWS: dict[int, tuple[Row, ...]] = {
     16: (
         Row(16, 64, Config(16, 128, 4, 4, 3)),
         Row(16, 128, Config(16, 64, 4, 4, 3)),
         Row(16, 256, Config(16, 32, 1, 4, 3)),
-        Row(32, 128, Config(32, 64, 1, 4, 3)),
-        Row(32, 256, Config(32, 32, 1, 4, 3)),
-        Row(MANY, 128, Config(64, 64, 1, 4, 3)),
-        Row(MANY, 256, Config(64, 64, 1, 8, 2)),
+        Row(MANY, 128, Config(32, 64, 1, 4, 3)),
+        Row(MANY, 256, Config(32, 64, 1, 8, 2)),
     ),
     8: (
         Row(MANY, 64, Config(16, 128, 4, 4, 3)),
@@ -82,7 +81,7 @@ def config(rows: int, D: int, bits: int, fp32: bool = False) -> Config:
     """The tile for `rows` query heads of a group times new positions.
 
     D: the larger of the head dimensions of keys and values. bits: of a stored number. fp32: q is float32. The same on
-    all devices: nothing here takes more than an A100 has for two programs, but for the last rows.
+    all devices: nothing here takes more than an A100 has for two programs.
     """
     if fp32:
         return SMALL[D > 64]
@@ -92,7 +91,7 @@ def config(rows: int, D: int, bits: int, fp32: bool = False) -> Config:
 def splits(tiles: int, length: int, tile: Config, key_bytes: int, sums_bytes: int, multiprocessors: int) -> int:
     """Among how many programs to split the keys of a tile: whatever lets the busiest multiprocessor finish first.
 
-    tiles: tiles of rows; length: keys of the longest; key_bytes: of a key and its value; sums_bytes: of a split's sums.
+    tiles: of rows. length: keys of the longest. key_bytes: of a key and its value. sums_bytes: of a split's sums.
     There is no number of tiles at which splitting stops: with few of them splits fill the multiprocessors, with many
     they even out what is left over.
     """
@@ -103,6 +102,7 @@ def splits(tiles: int, length: int, tile: Config, key_bytes: int, sums_bytes: in
         program = -(-blocks // count) * tile.BLOCK_N * key_bytes + START + kept
         waves, rest = divmod(tiles * count, TOGETHER * multiprocessors)
         last = max(rest / multiprocessors, -(-rest // multiprocessors) / FASTEST)
+        last = last if waves or not rest else max(last, 1.0)  # to leave some idle from the start is not worth a guess
         return (TOGETHER * waves + last) * program + kept * count / SHARE_OF_L2
 
     return min(range(1, min(blocks, MOST_SPLITS) + 1), key=cost)
@@ -158,7 +158,11 @@ class Problem(NamedTuple):
         if self.bits <= 8:  # in int16
             keys, values = tuple(n // 2 for n in keys), tuple(n // 2 for n in values)
         scales = [(0, 0, 0) if t is None else t.stride[:3] for t in (k_scale, v_scale)]
-        masks = (0, 0, 0) if mask is None else [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride, strict=True)][:3]
+        masks = (
+            (0, 0, 0)
+            if mask is None
+            else [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride, strict=True)][:3]
+        )
         unit_q, unit, unit_s = (gcd(16, *n) for n in (own, (*keys, *values), (*scales[0], *scales[1])))
         strides = [n // unit_q for n in own] + [n // unit for n in (*keys, *values)]
         strides += [n // unit_s for n in (*scales[0], *scales[1])]
@@ -209,7 +213,7 @@ def _check_tensors(p: Problem, format: str | None) -> None:
     paged, size, stored = table is not None, k.shape[2], {8: torch.int8, 4: torch.uint8}.get(p.bits, q.dtype)
     first = k.shape[0] if paged else p.B
     outer = (first, p.Hkv, size)
-    at_4, at_8 = format == "int4", format == "int8"
+    at_4 = format == "int4"
     heads, rows = ((p.Hq,),), ((p.B,),)
     widths = [p.D // 2, p.Dv // 2] if at_4 else [p.D, p.Dv]
     scale = [(*outer, 2, n // GROUP) if at_4 else outer for n in (p.D, p.Dv)]

@@ -4,7 +4,7 @@ the others, and how the last of them puts it together."""
 import triton
 import triton.language as tl
 
-from .kv_load import columns, parts_of, value_of
+from .kv_load import columns, nothing, parts_of, value_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MERGE = tl.constexpr(16384)  # numbers of partial sums that are read at a time
@@ -42,47 +42,56 @@ def finite(m):
 
 
 @triton.jit
-def over_warps(sums, m, l, COUNT: tl.constexpr):
-    """What the warps of a program have found, each for keys of its own -> sums [M, BLOCK], m [M], l [M]."""
+def over_warps(sums, m, total, COUNT: tl.constexpr):
+    """What the warps of a program have found, each for keys of its own -> sums [M, BLOCK], m [M], total [M]."""
     top = tl.max(m, 0)
     w = tl.exp2(m - finite(top)[None, :])  # [WARPS, M]
-    new = ()
+    new = nothing()
     for i in tl.static_range(COUNT):
         new = new + (tl.sum(sums[i] * w[:, :, None], 0),)
-    return new, top, tl.sum(l * w, 0)
+    return new, top, tl.sum(total * w, 0)
 
 
 @triton.jit
-def write(out, acc, m, l, sinks, row, head, column, HQ, SQ: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr):
-    """out = acc / l for rows from `row`, or 0 where they saw nothing; a sink's logit joins the denominator."""
+def write(out, acc, m, total, sinks, row, head, column, HQ, SQ: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr):
+    """out = acc / total for rows from `row`, or 0 where they saw nothing; a sink's logit joins the denominator."""
     offs_m = row + tl.arange(0, acc.shape[0])
     own, mask = head * HEADS + offs_m % HEADS, offs_m < HEADS * SQ
     if sinks is not None:
         sink = tl.load(sinks + own, mask=mask, other=0.0).to(tl.float32) * LOG2E
         top = tl.maximum(m, sink)
-        l = l * tl.exp2(m - finite(top)) + tl.exp2(sink - finite(top))
+        total = total * tl.exp2(m - finite(top)) + tl.exp2(sink - finite(top))
         acc *= tl.exp2(m - finite(top))[:, None]
-    empty = (l == 0)[:, None]
-    y = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, l[:, None]))
+    empty = (total == 0)[:, None]
+    y = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, total[:, None]))
     out_ptrs = out + (offs_m // HEADS * HQ + own)[:, None] * DV + column[None, :]
     tl.store(out_ptrs, y.to(out.dtype.element_ty), mask=mask[:, None] & (column < DV)[None, :])
 
 
 @triton.jit
 def store_parts(
-    out, sums, m, l, sinks, row, head, HQ,
+    out, sums, m, total, sinks, row, head, HQ,
     SQ: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     for part in tl.static_range(parts_of(FORMAT, DV)):
         column = columns(part, FORMAT, DV, BLOCK)
-        write(out, value_of(sums, part, FORMAT, DV), m, l, sinks, row, head, column, HQ, SQ, HEADS, DV)
+        write(out, value_of(sums, part, FORMAT, DV), m, total, sinks, row, head, column, HQ, SQ, HEADS, DV)
 
 
 @triton.jit
 def keep_parts(
-    partial, maxima, sums, m, l, split, ROWS: tl.constexpr, DV: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr
+    partial,
+    maxima,
+    sums,
+    m,
+    total,
+    split,
+    ROWS: tl.constexpr,
+    DV: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A split's sums, to partial [splits, ROWS, DV], and m and l, to maxima [splits, 2, ROWS]."""
+    """A split's sums, to partial [splits, ROWS, DV], and m and total, to maxima [splits, 2, ROWS]."""
     offs_m = tl.arange(0, m.shape[0])
     mask = offs_m < ROWS
     for part in tl.static_range(parts_of(FORMAT, DV)):
@@ -90,7 +99,7 @@ def keep_parts(
         at = partial + (split * ROWS + offs_m)[:, None] * DV + column[None, :]
         tl.store(at, value_of(sums, part, FORMAT, DV), mask=mask[:, None] & (column < DV)[None, :])
     tl.store(maxima + split * (2 * ROWS) + offs_m, m, mask=mask)
-    tl.store(maxima + split * (2 * ROWS) + ROWS + offs_m, l, mask=mask)
+    tl.store(maxima + split * (2 * ROWS) + ROWS + offs_m, total, mask=mask)
 
 
 @triton.jit
@@ -104,7 +113,7 @@ def merge(
     CHUNK: tl.constexpr = MERGE // (BLOCK_R * BLOCK) if BLOCK_R * BLOCK < MERGE else 1
     offs_r, offs_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK_R, BLOCK), tl.float32)
-    m, l = tl.full((BLOCK_R,), float("-inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    m, total = tl.full((BLOCK_R,), float("-inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
     for first in range(0, limit, CHUNK):
         split = first + tl.arange(0, CHUNK)
         mask = (split < active)[:, None] & (offs_r < ROWS)[None, :]
@@ -116,6 +125,28 @@ def merge(
         top = tl.maximum(m, tl.max(ms, 0))
         w, alpha = tl.exp2(ms - finite(top)[None, :]), tl.exp2(m - finite(top))
         acc = acc * alpha[:, None] + tl.sum(parts * w[:, :, None], 0)
-        l = l * alpha + tl.sum(ls * w, 0)
+        total = total * alpha + tl.sum(ls * w, 0)
         m = top
-    write(out, acc, m, l, sinks, row, head, offs_d, HQ, SQ, HEADS, DV)
+    write(out, acc, m, total, sinks, row, head, offs_d, HQ, SQ, HEADS, DV)
+
+
+@triton.jit
+def share(
+    partial, tickets, active, sums, m, total, out, sinks, row, head, HQ,
+    SQ: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Leave a split's sums to the others, or, for the last to come, put them all together.
+
+    partial: for all tiles sums [tiles, splits, ROWS, DV], then maxima and totals [tiles, splits, 2, ROWS].
+    """
+    tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    mine = tile.to(tl.int64) * splits
+    maxima = partial + tl.num_programs(0).to(tl.int64) * splits * (ROWS * DV) + mine * (2 * ROWS)
+    partial += mine * (ROWS * DV)
+    keep_parts(partial, maxima, sums, m, total, split, ROWS, DV, FORMAT, BLOCK)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    if tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu") == active - 1:
+        limit = active if SPLITS is None else SPLITS
+        merge(partial, maxima, active, limit, out, sinks, row, head, HQ, SQ, HEADS, ROWS, DV)
+        tl.store(tickets + tile, 0)

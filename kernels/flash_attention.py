@@ -234,6 +234,8 @@ def _run(
     q, k, v = _readable(q), _readable(k), _readable(v)
     (_, Hq, Sq, D), (Hkv, Sk), Dv = q.shape, k.shape[1:3], v.shape[-1]
     plain = extras.softcap is None and extras.slopes is None and extras.mask is None
+    if extras.window is not None and extras.window >= max(Sq, Sk):  # nothing is beyond it
+        extras = extras._replace(window=None)
     if tile is None:
         capability = device_of(q.device.index)[0] if q.is_cuda else 90
         tile = tile_for(D, Dv, extras.causal, longest, q.dtype == torch.float32, capability, plain)

@@ -1,8 +1,8 @@
 """Tiles of keys and values out of a cache in 16 or 32 bits, in int8 or in int4, and products with them.
 
-Codes are read as int16 and come apart in registers, where the tensor cores want them: one instruction gives two codes,
-where Triton's conversion takes one or two for each, at a quarter of the rate. A tile gives several *parts*, the numbers
-that lie at the same place in each int16; queries and results are cut into parts alike (`first_column`, `STEP`).
+Codes are read as int16 and come apart in registers, where the tensor cores want them: an instruction gives two codes,
+where Triton's conversion takes one or two for each, at a quarter of the rate. A tile gives several *parts*: numbers
+that lie at the same place in each int16. Queries and results are cut into parts alike (`columns`).
 
 int8: bytes or-ed into the mantissa of 2^10 (float16) or 2^7 (bfloat16), less what they exceed their code by. Codes are
 exact, 5 instructions for 4 of them in float16 and 7 in bfloat16. The scale of a key joins its scores, that of a value
@@ -111,6 +111,12 @@ def width_of(FORMAT, D):
 
 
 @triton.jit
+def nothing():
+    """A tuple for tiles to be added to."""
+    return ()
+
+
+@triton.jit
 def columns(part: tl.constexpr, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Which numbers of a row a part has; beyond D where there are none."""
     if FORMAT == 0:
@@ -120,13 +126,13 @@ def columns(part: tl.constexpr, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def empty_sums(l, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Where `weigh` begins; l: zeros [.., M]."""
-    sums = ()
+def empty_sums(total, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Where `weigh` begins; total: zeros [.., M]."""
+    sums = nothing()
     for _ in tl.static_range(parts_of(FORMAT, D)):
-        sums = sums + (rows(l) + tl.zeros((BLOCK,), tl.float32),)
+        sums = sums + (rows(total) + tl.zeros((BLOCK,), tl.float32),)
     if FORMAT == 4:
-        sums = sums + (rows(l) + tl.zeros((zeros_width(D),), tl.float32),)
+        sums = sums + (rows(total) + tl.zeros((zeros_width(D),), tl.float32),)
     return sums
 
 
@@ -150,7 +156,7 @@ def _half(word, which: tl.constexpr):
 
 @triton.jit
 def _scale(scale, offs, mask, group: tl.constexpr):
-    """The scale of one group, for each key; offs: where a key's scales begin. Read as words, the least a copy takes."""
+    """The scale of one group, for each key; offs: where a key's scales begin. Read as words: a copy takes no less."""
     words = (scale + offs).to(tl.pointer_type(tl.int32), bitcast=True) + group // 2
     return _half(tl.load(words, mask=mask, other=0), group % 2)
 
@@ -169,7 +175,7 @@ def load_queries(q, mask, dtype: tl.constexpr, FORMAT: tl.constexpr, D: tl.const
         # the bits of a positive float are in its order; its exponent alone is a power of two
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, len(x.shape) - 1) & 0x7F800000
         unit = tl.where(bits == 0, 1.0, bits.to(tl.float32, bitcast=True))
-    parts = ()
+    parts = nothing()
     for part in tl.static_range(parts_of(FORMAT, D)):
         column = columns(part, FORMAT, D, BLOCK)
         x = tl.load(rows(q) + column, mask=rows(mask) & (column < D), other=0.0)  # [.., M, BLOCK]
@@ -182,8 +188,9 @@ def load_queries(q, mask, dtype: tl.constexpr, FORMAT: tl.constexpr, D: tl.const
         offs_g = tl.arange(0, zeros_width(D))
         sums = rows(unit) * 0.0 + offs_g * 0.0
         for g in tl.static_range(G):
-            both = parts[part_of(g, D)].to(tl.float32) + parts[part_of(g, D) + 2].to(tl.float32)
-            sums = tl.where(offs_g == G + g, rows(tl.sum(both, len(both.shape) - 1)), sums)
+            near, far = parts[part_of(g, D)], parts[part_of(g, D) + 2]
+            both = tl.sum(near.to(tl.float32) + far.to(tl.float32), len(near.shape) - 1)
+            sums = tl.where(offs_g == G + g, rows(both), sums)
         high = sums.to(dtype)
         low = (sums - high.to(tl.float32)).to(dtype)
     return parts, unit, high, low
@@ -230,23 +237,22 @@ def weigh(
     dtype: tl.constexpr, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """sums * alpha + p @ v: the parts [.., M, BLOCK] of the sums of values; with int4 the sums of zeros follow."""
-    a = rows(alpha)
+    a, new = rows(alpha), nothing()
     offs_w = tl.arange(0, BLOCK)[None, :]
     if FORMAT == 0:
         vs = tl.load(v + rows(offs) + offs_w, mask=rows(mask) & (offs_w < D), other=0.0)  # [.., keys, BLOCK]
-        new = (tl.dot(p.to(dtype), vs, sums[0] * a, input_precision="ieee"),)
+        new = new + (tl.dot(p.to(dtype), vs, sums[0] * a, input_precision="ieee"),)
     elif FORMAT == 8:
         codes = tl.load(v + rows(offs) + offs_w, mask=rows(mask) & (offs_w < D // 2), other=0)
         even, odd = codes8(codes, dtype, PTX)
         # a scale is 1/127 of the largest value: in float16, which has no room below, 64 times that much
         pv = (p * cols(tl.load(v_scale + offs_s, mask=mask, other=0.0) * 64.0)).to(dtype)
         first = tl.dot(pv, even, sums[0] * a, input_precision="ieee")
-        new = (first, tl.dot(pv, odd, sums[1] * a, input_precision="ieee"))
+        new = new + (first, tl.dot(pv, odd, sums[1] * a, input_precision="ieee"))
     else:
         G: tl.constexpr = groups_of(D)
         offs_g = tl.arange(0, zeros_width(D))[None, :]
         zeros = tl.load(v_scale + rows(offs_s) + offs_g, mask=rows(mask) & (offs_g < 2 * G), other=0.0).to(dtype)
-        new = ()
         for i in tl.static_range(G // 2):
             codes = tl.load(v + rows(offs) + offs_w + 16 * i, mask=rows(mask), other=0)  # [.., keys, 16]
             c0, c1, c2, c3 = codes4(codes, dtype, PTX)

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from fastllm.kv_formats import KV_FORMATS
-from fastllm.ops.decode_attention import dense, visible
-from fastllm.ops.decode_attention import definition as definition
+from fastllm.ops.decode_attention import definition, dense, visible
 
 
 class Case(NamedTuple):
-    """ends: length of each row. starts: first key of each, or None. page: keys of a page, 0 for none. L: slots of a row
-    without pages, by default a few more than the longest needs. features: names in FEATURES."""
+    """ends: length of each row. starts: first key of each, or None. page: keys of a page, 0 for none, when rows have a
+    few slots more than the longest needs. features: names in FEATURES."""
 
     Sq: int = 1
     group: int = 4

@@ -8,21 +8,28 @@ import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import fastllm
 from fastllm.patch.report import Report
 
 V, WINDOW = 512, 8
-KINDS = ["sliding_attention", "full_attention"]
-GEMMA = {"layer_types": KINDS, "sliding_window": WINDOW, "query_pre_attn_scalar": 32}
+SLIDES: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+GEMMA = SLIDES | {"query_pre_attn_scalar": 32}
 COMMON: dict[str, Any] = {"vocab_size": V, "pad_token_id": 0, "eos_token_id": None, "initializer_range": 0.15}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
-    "gemma3": ("gemma3_text", GEMMA),
+    "gemma3": ("gemma3_text", GEMMA | {"initializer_range": 0.3}),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "attn_implementation": "eager"}),
-    "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": KINDS, "sliding_window": WINDOW}),
+    "gpt-oss": ("gpt_oss", SLIDES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("gpt2", {"bos_token_id": 1}),
     "mixtral": ("mixtral", {"num_experts_per_tok": 2}),
     "qwen3-moe": ("qwen3_moe", {}),
@@ -92,3 +99,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
     model = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+class Shift(LogitsProcessor):
+    """Depends on the tokens so far, on how often it was called, and on every row."""
+
+    def __init__(self) -> None:
+        self.calls, self.scores = 0, []
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        self.scores.append(scores)
+        scores = scores.clone()
+        scores[torch.arange(len(scores)), (input_ids.sum(1) + self.calls) % 512] += 3
+        return scores
+
+
+class Stop(StoppingCriteria):
+    """At a length of its own for each row; `plain`: at one for all, told as a Python bool."""
+
+    def __init__(self, *lengths: int, plain: bool = False):
+        self.lengths, self.plain, self.seen = lengths, plain, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(tuple(input_ids.shape))
+        if self.plain:
+            return input_ids.shape[1] >= self.lengths[0]
+        return torch.tensor([input_ids.shape[1] >= n for n in self.lengths])
+
+
+def stop(*criteria) -> dict:
+    return {"stopping_criteria": StoppingCriteriaList(criteria)}
+
+
+def process(*processors) -> dict:
+    return {"logits_processor": LogitsProcessorList(processors)}

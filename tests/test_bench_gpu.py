@@ -147,6 +147,18 @@ def test_the_stages_fit_their_time_and_name_files_that_exist(tmp_path: Path) -> 
     assert [stage.name for stage in found if stage.more] == ["other libraries", "GemLite"]
 
 
+def test_the_stages_of_attention_too(tmp_path: Path) -> None:
+    found = gpu.PARTS["attention"](tmp_path, 9)
+    assert 300 < sum(stage.seconds or 0 for stage in found) <= 450 and found[-1].seconds is None
+    named = [part for stage in found for part in stage.command if part.endswith(".py")]
+    assert len(named) > 12 and all((ROOT / part).exists() for part in named)
+    assert set(gpu.REPORTS) < {stage.name for stage in found}
+    (tmp_path / "decode.md").write_text("| what decoding took |")
+    results = [stages.Result("decode attention", "ok", 3.0, ""), stages.Result("attention", "failed (1)", 3.0, "why")]
+    text = gpu.told(results, tmp_path)
+    assert "what decoding took" in text and "why" in text and text.endswith(stages.table(results))
+
+
 def test_the_end_of_the_output_fits(tmp_path: Path) -> None:
     results = [
         stages.Result("int4 against cuBLAS", "ok", 3.0, "y" * 9999),

@@ -1,4 +1,4 @@
-"""The op: its definition against attention written out query by query, the CPU against the definition, and dispatch."""
+"""The op: its definition against attention written out key by key, the CPU against the definition, and dispatch."""
 
 import math
 from typing import Any
@@ -141,6 +141,10 @@ def test_the_registration_is_sound() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cpu_agrees_at_length(dtype: torch.dtype) -> None:
-    for case in (Case(D=256, Hkv=1, ends=(4096, 4096)), Case(D=256, format="int8", ends=(4000, 1)), Case(Sq=16, D=192, Dv=128, ends=(999,))):
+    for case in (
+        Case(D=256, Hkv=1, ends=(4096, 4096)),
+        Case(D=256, format="int8", ends=(4000, 1)),
+        Case(Sq=16, D=192, Dv=128, ends=(999,)),
+    ):
         p = problem(case._replace(dtype=dtype))
         assert_attends(p.run(decode_attention), p)

@@ -133,7 +133,7 @@ def test_moving_takes_effect(family):
 def test_gradients_are_those_of_the_model(family):
     model, plain = fused(family)
     grads, seen = [], mask("left")
-    labels = ids().masked_fill(seen == 0, -100)
+    labels = ids().masked_fill(seen.cumsum(1) <= 1, -100)  # what follows padding says nothing
     for m in (model, plain):
         m(ids(), attention_mask=seen, labels=labels).loss.backward()
         grads.append({name: p.grad for name, p in m.named_parameters()})
@@ -221,4 +221,18 @@ def test_hidden_states_and_attentions():
         got, want = (m(ids(), output_hidden_states=True).hidden_states for m in (model, plain))
     assert len(got) == len(want) == 3
     for a, b in zip(got, want, strict=True):
+        assert_close(a, b.double(), dtype=torch.float32)
+
+
+def test_the_weights_of_attention_come_from_the_model_itself():
+    model, plain = fused("llama", quiet=True)
+    with torch.no_grad():
+        out = model(ids(), output_attentions=True)
+        want = plain(ids(), output_attentions=True)
+    assert_close(out.logits, want.logits.double(), dtype=torch.float32)
+    assert "torch's ran for output_attentions" in str(model._fastllm.report)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(ids(), output_attentions=True)
+    for a, b in zip(out.attentions, want.attentions, strict=True):
         assert_close(a, b.double(), dtype=torch.float32)

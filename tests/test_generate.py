@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import fastllm
 from fastllm import KVCache
-from fastllm.decode.cache import FIRST, SLACK
+from fastllm.decode.cache import SLACK
 
 SHORT = WINDOW - 3  # shorter than the window, which the tokens to come then cross
 LONG = 2 * (WINDOW + SLACK) + 10  # more than a sliding layer holds
@@ -70,8 +70,7 @@ def test_every_family(models, given):
 def test_a_window_that_moves(family, fuse):
     """While it generates, and in the prompt; with rows that begin before it, in it, and just behind it."""
     models = pair(family, fuse=fuse)
-    moves = {**prompt(2, FIRST - 5)}, {**prompt(3, LONG)}
-    for given, new in zip(moves, (40, 12), strict=True):
+    for given, new in ((prompt(2, LONG - 15), 12), (prompt(3, LONG), 5)):
         given["attention_mask"][1, : given["attention_mask"].shape[1] - 3] = 0
         want = greedy(models.plain, new, **given)
         assert_equal(greedy(models.fast, new, **given), want)
@@ -89,7 +88,7 @@ def test_a_window_that_moves(family, fuse):
 @pytest.mark.parametrize("window", [2, 60, 100, 150])
 @pytest.mark.parametrize("family", SLIDING)
 def test_windows_of_other_sizes(family, window):
-    """Those beside which FIRST slots are few, and many."""
+    """Those beside which a layer's first slots are few, and many."""
     models = pair(family, sliding_window=window)
     for given, new in ((prompt(4, 100), 150), (prompt(4, 400), 20)):
         want = greedy(models.plain, new, **given)
@@ -114,11 +113,12 @@ def turns(model, cache, sizes: list[int], batch: int = 1, **kwargs) -> torch.Ten
     return said
 
 
-@pytest.mark.parametrize("sizes", [[13, 1, 5], [20, 30, 3], [LONG, LONG - 40, 5, LONG + 40, 1], [5, LONG]], ids=str)
+@pytest.mark.parametrize("sizes", [[13, 1, 5], [LONG, LONG - 40, 5, LONG + 40, 1], [5, LONG]], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_conversation_goes_on(family, batch, sizes, request):
     models = request.getfixturevalue(family)
+    models.reasons.clear()
     want = turns(models.plain, None, sizes, batch)
     assert_equal(turns(models.fast, cache := KVCache(models.fast.config), sizes, batch), want)
     assert not models.reasons
@@ -171,7 +171,9 @@ def test_the_model_stays_usable(family):
     labels = given["input_ids"]
     for model in models[:2]:
         model(labels, labels=labels).loss.backward()
-    gradients = [p.grad for model in models[:2] for name, p in model.named_parameters() if name.endswith("norm.weight")]
+    gradients = [
+        p.grad for model in models[:2] for name, p in model.named_parameters() if name.endswith("norm.weight")
+    ]
     half = len(gradients) // 2
     for mine, theirs in zip(gradients[half:], gradients[:half], strict=True):
         assert_close(mine, theirs.double(), worst=1e-3, rms=1e-4, dtype=torch.float32)

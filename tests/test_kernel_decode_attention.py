@@ -41,14 +41,16 @@ def nth(i: int) -> tuple[Case, int | None]:
     Dv = {192: 128, 64: 128}.get(D, 0) if i % 2 else 0
     dtype = (half, brain, half, single)[i // 3 % 4]
     ends, page = LENGTHS[(i + i // 6) % 6], PAGES[(i // 3 + i // 15) % 5]
-    if dtype == single or Sq * group * D > 8192:
+    small = dtype == single or Sq * group * D > 8192 or format == "int4" and D > 64  # these take the longest
+    if small:
         group, ends = min(group, 2), ends[:1]
-    case = Case(Sq, group, D, Dv, ends, None if i % 4 else (2, 0)[: len(ends)], format, page, 1 + i % 2, dtype)
+    starts = None if i % 4 else (2, 0)[: len(ends)]
+    case = Case(Sq, group, D, Dv, ends, starts, format, page, 1 if small else 1 + i % 2, dtype)
     return case, SPLITS[i // 2 % 5]
 
 
 GRID = [nth(i) for i in range(120)]
-FAST = 36
+FAST = 22
 
 
 def check(case: Case, device: str, num_splits: int | None = None, **more: Any) -> None:
@@ -72,7 +74,7 @@ def test_the_rest_of_the_grid(case: Case, num_splits: int | None, device: str) -
 def test_the_grid_meets_every_value() -> None:
     cases = [case for case, _ in GRID[:FAST]]
     assert {case.Sq for case in cases} == set(SQS) and {case.group for case in cases} == set(GROUPS)
-    assert {case.D for case in cases} == set(DS) and {case.ends for case in cases} == set(LENGTHS)
+    assert {case.D for case in cases} == set(DS) and {case.ends for case in cases} >= set(LENGTHS)
     assert {case.page for case in cases} == set(PAGES) and {n for _, n in GRID[:FAST]} == set(SPLITS)
     assert {(case.format, case.page > 0) for case in cases} == set(itertools.product(FORMATS, (True, False)))
     assert {(case.format, case.dtype) for case in cases} >= set(itertools.product(FORMATS, (half, brain, single)))
@@ -190,9 +192,7 @@ def test_small_and_large_caches(format: str, device: str) -> None:
 
 def bad(p: Problem, **changes: Any) -> Problem:
     options = {name: value for name, value in changes.items() if name not in Problem._fields}
-    return p._replace(
-        **{n: v for n, v in changes.items() if n in Problem._fields}, options={**p.options, **options}
-    )
+    return p._replace(**{n: v for n, v in changes.items() if n in Problem._fields}, options={**p.options, **options})
 
 
 def refusals() -> list[tuple[Problem, str]]:
@@ -252,22 +252,22 @@ def cost(B: int, Hkv: int, L: int, rows: int, D: int, bits: int, processors: int
     kept = sums if count > 1 else 0
     program = -(-blocks // count) * tile.BLOCK_N * key_bytes + START + kept
     full, rest = divmod(tiles * count, TOGETHER * processors)
-    last = max(rest / processors, -(-rest // processors) / FASTEST)
+    last = max(rest / processors, -(-rest // processors) / FASTEST, float(full == 0))
     return (TOGETHER * full + last) * program + kept * count / SHARE_OF_L2, count
 
 
 @pytest.mark.parametrize("processors", [108, 132, 148])
 @pytest.mark.parametrize("Hkv, rows, D", [(8, 4, 128), (1, 4, 256), (2, 16, 256), (8, 32, 128), (4, 7, 64)])
 def test_no_batch_size_is_a_cliff(Hkv: int, rows: int, D: int, processors: int) -> None:
-    """Caches of 128 MB and more: one row more changes the time for a byte by 15 % at most, and 85 % of it is reading, or
-    75 % where the sums of many query heads are as large as what is read for them."""
+    """Caches of 256 MB and more: one row more changes the time for a byte by 15 % at most, and 85 % of it is reading,
+    or 75 % where the sums of many query heads are as large as what is read for them."""
     for bits, L in itertools.product((16, 8, 4), (2048, 4096, 8192, 32768)):
         each = Hkv * L * 2 * D * bits // 8
         before = None
         for B in range(1, 130):
             time, count = cost(B, Hkv, L, rows, D, bits, processors)
             per_row = time / B
-            if B * each >= 128 << 20 and rows <= config(rows, D, bits).BLOCK_M:
+            if B * each >= 256 << 20 and rows <= config(rows, D, bits).BLOCK_M:
                 assert each / processors / per_row > (0.85 if rows * D <= 1024 else 0.75), (bits, L, B, count)
                 assert before is None or 1 / 1.15 < per_row / before < 1.15, (bits, L, B, count)
                 before = per_row

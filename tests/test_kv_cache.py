@@ -7,11 +7,9 @@ import pytest
 import tiny
 import torch
 from close import assert_close, assert_equal
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastllm import KVCache
 from fastllm.decode.cache import FIRST, SLACK, KVLayer
@@ -47,14 +45,17 @@ def rounded(x: Tensor, format: str | None) -> Tensor:
 
 
 class History:
-    """Every row that a layer was ever given and did not take back, rounded once: what the layer must hold a tail of."""
+    """Every row that a layer was given and did not take back, rounded once: what the layer holds is its end."""
 
     def __init__(self, layer: KVLayer):
         self.layer, self.format = layer, layer.format and layer.format.name
         self.k, self.v = chunk(0)
 
     def add(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = torch.cat((self.k, rounded(k, self.format)), 2), torch.cat((self.v, rounded(v, self.format)), 2)
+        self.k, self.v = (
+            torch.cat((self.k, rounded(k, self.format)), 2),
+            torch.cat((self.v, rounded(v, self.format)), 2),
+        )
 
     def update(self, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """T tokens more; what comes back, and the mask sizes told before, are held to the history. (new, returned)"""
@@ -77,8 +78,11 @@ class History:
 
 
 # windows: smaller than a chunk, those for which FIRST slots are too few and too many, wider than all
+WINDOWS = [None, 8, 100, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, FIRST - SLACK, 150, 500))]
+
+
 @pytest.mark.parametrize("slots", [0, 300])
-@pytest.mark.parametrize("window", [None, 2, 8, FIRST - SLACK, 100, 150, 500])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_any_chunks_come_back_as_transformers_cache_gives_them(format, window, slots):
     layer, own = make(format, window, slots), DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
@@ -154,7 +158,11 @@ def test_rows_are_stored_as_the_format_says(format):
     layer, (k, v) = make(format), chunk(9)
     layer.update(k, v)
     stored = layer._stored()
-    want = [codes_or_scale for pair in zip(*map(KV_FORMATS[format].quantize, (k, v)), strict=True) for codes_or_scale in pair]
+    want = [
+        codes_or_scale
+        for pair in zip(*map(KV_FORMATS[format].quantize, (k, v)), strict=True)
+        for codes_or_scale in pair
+    ]
     for t, was in zip(stored, want, strict=True):
         assert_equal(t[:, :, :9], was)
     got = layer.update(*chunk(1))[0][:, :, :9]
@@ -177,11 +185,11 @@ def test_unwritten_slots_are_poison_and_never_leak(format):
         assert t.shape[2] == 5 and t.isfinite().all()
 
 
-STEPS = [*range(1, 21), 1, 1, 1, 40, 1, 16, 17, 1]
+STEPS = [*range(1, 21, 2), 2, 16, 18, 1, 1, 40, 1]
 
 
 @pytest.mark.parametrize("kind", ["plain", "padded", "all options"])
-@pytest.mark.parametrize("window", [None, 3, 8, 100])
+@pytest.mark.parametrize("window", [None, 8, 100, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_attend(format, window, kind):
     """append and attend, against the reference on all rows that ever came."""
@@ -257,38 +265,6 @@ def test_reset_and_copies():
     assert_equal(cache.update(k, v, 0)[0], rounded(k, "int8"))
     assert twin.get_seq_length(1) == 180, "the copy is not its own"
     assert_equal(twin.update(*new, 1)[0][:, :, :180], rows[1])
-
-
-def test_windows_are_those_of_transformers_cache():
-    """Of every causal model that transformers has, by the settings that it starts with."""
-    served = 0
-    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        try:
-            own = AutoConfig.for_model(kind)
-            layers = DynamicCache(config=own).layers
-        except (AttributeError, ImportError, KeyError, TypeError, ValueError, StrictDataclassError):
-            continue  # it cannot be made of nothing
-        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        try:
-            got = [layer.window for layer in KVCache(own).layers]
-        except ValueError:
-            continue
-        assert plain, f"{kind} keeps something else than keys and values"
-        assert got == [getattr(layer, "sliding_window", None) for layer in layers], kind
-        served += 1
-    assert served > 100
-
-
-def test_errors_name_the_fix():
-    with pytest.raises(ValueError, match="int3.*int8"):
-        KVCache(config(), "int3")
-    with pytest.raises(ValueError, match="linear_attention"):
-        KVCache(AutoConfig.for_model("qwen3_next"))
-    with pytest.raises(ValueError, match="share"):
-        KVCache(AutoConfig.for_model("gemma3n_text"))
-    with pytest.raises(ValueError, match="32.*64"):
-        cache = KVCache(config(head_dim=32), "int4")
-        cache.update(*torch.randn(2, B, HKV, 3, 32), 0)
 
 
 def test_memory_is_counted_and_saved():

@@ -1,10 +1,15 @@
-"""Formats of quantized keys and values: errors within half a step, whatever the numbers, and codes where they belong."""
+"""Formats of quantized keys and values: errors of half a step, whatever the numbers, and codes where they belong."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from close import assert_equal
+from test_unpack import REGISTER, floats, fma_bf16x2, lop3, prmt
 from torch import Tensor
 
+from fastllm.kernels import kv_load
 from fastllm.kv_formats import GROUP, HALF_MAX, KV_FORMATS
 
 INT8, INT4 = KV_FORMATS["int8"], KV_FORMATS["int4"]
@@ -108,7 +113,7 @@ def test_extremes(format) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
-    """A NaN is seen in the scale of int8 and in the zero of int4; an infinity in int8's scale, and is clamped by int4."""
+    """A NaN shows in the scale of int8 and in the zero of int4; an infinity in int8's scale, and int4 clamps it."""
     x = rows(64)
     for format in KV_FORMATS.values():
         clean_codes, clean_scale = format.quantize(x)
@@ -138,3 +143,55 @@ def test_rows_do_not_depend_on_each_other(format) -> None:
     one, own = format.quantize(x[1, 2, 3])
     assert_equal(codes[1, 2, 3], one)
     assert_equal(scale[1, 2, 3], own)
+
+
+# --- the PTX that takes codes apart, executed on every value that a register can hold
+
+
+def executed(ptx: str, outputs: int) -> list[np.ndarray]:
+    """The output registers of straight-line PTX whose last operand holds REGISTER."""
+    registers = {f"${outputs}": REGISTER}
+
+    def value(name: str) -> np.ndarray:
+        return registers[name] if name in registers else np.full_like(REGISTER, int(name, 0))
+
+    def sub_f16x2(a: str, b: str) -> np.ndarray:
+        less = floats(value(a), torch.float16) - floats(value(b), torch.float16)
+        return less.half().view(torch.int16).numpy().reshape(-1).view(np.uint32)
+
+    steps = {
+        "lop3.b32": lambda a, b, c, table: lop3(value(a), value(b), value(c), int(table, 0)),
+        "prmt.b32": lambda a, b, selector: prmt(value(a), value(b), int(selector, 0)),
+        "and.b32": lambda a, b: value(a) & value(b),
+        "xor.b32": lambda a, b: value(a) ^ value(b),
+        "shr.u32": lambda a, by: value(a) >> np.uint32(int(by)),
+        "mov.b32": value,
+        "sub.rn.f16x2": sub_f16x2,
+        "fma.rn.bf16x2": lambda a, b, c: fma_bf16x2(value(a), value(b), value(c)),
+    }
+    for line in filter(None, (part.strip() for part in re.sub(r"[{}]|\.reg[^;]*;", "", ptx).split(";"))):
+        name, operands = line.split(None, 1)
+        target, *others = (operand.strip() for operand in operands.split(","))
+        registers[target] = steps[name](*others)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.float16, "_INT8_FP16"), (torch.bfloat16, "_INT8_BF16")])
+def test_every_code_of_int8(dtype: torch.dtype, name: str) -> None:
+    halves = torch.from_numpy(REGISTER.view(np.int16).astype(np.int64)).view(-1, 2)
+    for i, part in enumerate(executed(getattr(kv_load, name).value, 2)):
+        signed = (halves >> 8 * i & 255).to(torch.int8)  # two's complement
+        assert torch.equal(floats(part, dtype), signed.double())
+
+
+def test_every_code_of_int4() -> None:
+    halves = torch.from_numpy(REGISTER.view(np.uint16).astype(np.int64)).view(-1, 2)
+    for i, part in enumerate(executed(kv_load._INT4_FP16.value, 4)):
+        size = kv_load.HIGH.value if i % 2 else kv_load.LOW.value
+        assert torch.equal(floats(part, torch.float16) * size, (halves >> 4 * i & 15).double())
+
+
+def test_a_wrong_constant_is_seen() -> None:
+    wrong = kv_load._INT8_FP16.value.replace("0x4341", "0x4340")
+    good, bad = (executed(ptx, 2) for ptx in (kv_load._INT8_FP16.value, wrong))
+    assert [bool((a == b).all()) for a, b in zip(good, bad, strict=True)] == [True, False]

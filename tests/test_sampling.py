@@ -36,7 +36,12 @@ CASES = {
     "top-k, typical": [TOP_K, hf.TypicalLogitsWarper(0.6)],
     "top-k, epsilon": [TOP_K, hf.EpsilonLogitsWarper(0.03)],
     "top-k, eta": [TOP_K, hf.EtaLogitsWarper(0.1)],
-    "top-k, top-p, min-p, typical": [TOP_K, hf.TopPLogitsWarper(0.9), hf.MinPLogitsWarper(0.05), hf.TypicalLogitsWarper(0.9)],
+    "top-k, top-p, min-p, typical": [
+        TOP_K,
+        hf.TopPLogitsWarper(0.9),
+        hf.MinPLogitsWarper(0.05),
+        hf.TypicalLogitsWarper(0.9),
+    ],
     "top-k twice": [TOP_K, hf.TopKLogitsWarper(5)],
     "top-k, the user's": [TOP_K, Halve()],
     "top-k, temperature last": [TOP_K, hf.TemperatureLogitsWarper(0.5)],
@@ -48,7 +53,7 @@ CASES = {
 
 
 def distribution(sampler: Sampler, logits: Tensor, monkeypatch) -> Tensor:
-    """The probability of each token for one row of logits [V]: `draw` is made to give one candidate after the other."""
+    """The probability of each token for a row of logits [V]: `draw` is made to give one candidate after the other."""
     p, seen = torch.zeros(len(logits)), []
 
     def nth(scores: Tensor) -> Tensor:

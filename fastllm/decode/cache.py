@@ -34,6 +34,7 @@ class KVLayer(CacheLayerMixin):
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         self.length = self.dropped = 0  # tokens held, tokens gone
+        self.record_past = False  # whether nothing may go, for it could be taken back: transformers sets and unsets it
 
     # What transformers asks of a layer.
 
@@ -71,12 +72,17 @@ class KVLayer(CacheLayerMixin):
 
         Raises ValueError for a positive one, and for more than a window that has moved on still holds.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers has tensors here
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}) would be ambiguous: crop(-n) takes back the last n tokens")
         left = self.length + tokens_to_remove
         if left < (min(self.window - 1, self.dropped + left) if self.window and self.dropped else 0):
             raise ValueError(f"{-tokens_to_remove} tokens cannot be taken back: those before them are no longer held")
         self.length = left
+
+    def activate_past_recording(self) -> None:
+        """As transformers calls it before it takes back any number of tokens."""
+        self.record_past = True
 
     def reset(self) -> None:
         self.length = self.dropped = 0
@@ -198,7 +204,7 @@ class KVLayer(CacheLayerMixin):
     def _sized(self, slots: int) -> int:
         """How many slots to have where so many are needed: with a window, never more than serve it for long."""
         slots = max(slots, FIRST)
-        return slots if self.window is None else min(slots, max(FIRST, 2 * (self.window + SLACK)))
+        return slots if self.window is None or self.record_past else min(slots, max(FIRST, 2 * (self.window + SLACK)))
 
     def _surplus(self, T: int) -> int:
         """How many of the tokens held go before T more come: those that a window has left behind, if they must."""

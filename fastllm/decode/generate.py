@@ -1,5 +1,6 @@
 """`model.generate`, unchanged in what it takes and gives, with fastllm's loop where that can do the work."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -52,15 +53,18 @@ class FastGenerate:
             return original(self.model, *args, **self._with_cache(kwargs))
         streamer = kwargs.get("streamer")
 
-        def decode(model: Any, input_ids: Tensor, tokenizer: Any = None, **given: Any) -> Any:
-            # `tokenizer` is named here so that transformers hands it to the stopping strings
+        def decode(model: Any, input_ids: Tensor, **given: Any) -> Any:
             return self._decode(input_ids, streamer, **given)
 
         try:
-            return original(self.model, *args, custom_generate=decode, **kwargs)
+            return original(self.model, *args, custom_generate=decode, **_with_stop_strings(kwargs))
         except _OtherMode as mode:
             self._note(str(mode))
         return original(self.model, *args, **kwargs)
+
+    def replays(self, ids: Tensor) -> bool:
+        """Whether steps are to be replayed as a CUDA graph, where that can be."""
+        return ids.is_cuda and len({p.device for p in self.model.parameters()}) == 1
 
     def _note(self, why: str) -> None:
         if why not in self.reasons:
@@ -75,6 +79,8 @@ class FastGenerate:
         for config in (kwargs.get("generation_config"), self.model.generation_config):
             if found := [name for name in SETTINGS if getattr(config, name, None)]:
                 return found[0]
+        if self.model.generation_config.stop_strings:
+            return "stop_strings of the model's own settings"
         cache = kwargs.get("past_key_values")
         return "" if cache is None or isinstance(cache, KVCache) else f"a cache of the kind {type(cache).__name__}"
 
@@ -97,7 +103,7 @@ class FastGenerate:
     ) -> Any:
         """The part of `generate` that comes after all preparation."""
         starts = _starts(inputs.get("attention_mask"), input_ids)
-        why = self._why_not_prepared(generation_config, input_ids, starts, inputs)
+        why = self._why_not_prepared(generation_config, input_ids, starts, inputs, streamer)
         if why:
             self._note(why)
             return self._hand_on(
@@ -110,7 +116,7 @@ class FastGenerate:
             pad = None
         extra = {"logits_to_keep": 1} if "logits_to_keep" in inputs else {}
         sampler = Sampler(logits_processor, generation_config.do_sample)
-        if input_ids.is_cuda and not isinstance(cache, KVCache):
+        if self.replays(input_ids) and not isinstance(cache, KVCache):
             ids = self._replay(input_ids, most, starts, eos, pad, sampler, extra, stops, streamer)
             if ids is not None:
                 return ids.clone()
@@ -148,10 +154,12 @@ class FastGenerate:
             return None
         return run_graph(steps, ids.shape[1], columns, stops, streamer)
 
-    def _why_not_prepared(self, config: Any, input_ids: Tensor, starts: Tensor | None, inputs: dict[str, Any]) -> str:
+    def _why_not_prepared(
+        self, config: Any, input_ids: Tensor, starts: Tensor | None, inputs: dict[str, Any], streamer: Any
+    ) -> str:
         """What of this call needs transformers' loop, now that all settings are known; empty if nothing."""
         mode = config.get_generation_mode()
-        if mode in BEAMS:
+        if mode in BEAMS and streamer is None:
             return "beam search"
         if mode not in MODES:
             raise _OtherMode(str(mode.value).replace("_", " "))
@@ -185,6 +193,21 @@ class FastGenerate:
             generation_config=config,
             **inputs,
         )
+
+
+def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with stopping strings as a criterion: transformers loses the tokenizer that they need on the way
+    to a decoding function of one's own."""
+    settings, tokenizer = kwargs.get("generation_config"), kwargs.get("tokenizer")
+    strings = kwargs.get("stop_strings") or getattr(settings, "stop_strings", None)
+    if not strings or tokenizer is None:
+        return kwargs
+    kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}
+    if getattr(settings, "stop_strings", None):
+        kwargs["generation_config"] = settings = copy.deepcopy(settings)
+        settings.stop_strings = None
+    criteria = [*(kwargs.get("stopping_criteria") or ()), hf.StopStringCriteria(tokenizer, strings)]
+    return {**kwargs, "stopping_criteria": hf.StoppingCriteriaList(criteria)}
 
 
 def _starts(mask: Tensor | None, ids: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,26 +52,32 @@ def measure(model: PreTrainedModel, prompt_ids: Tensor, new_tokens: int = 32, re
 
 
 def measure_alternating(
-    models: Mapping[str, PreTrainedModel], prompt_ids: Tensor, new_tokens: int = 32, repeats: int = 3
+    models: Mapping[str, PreTrainedModel],
+    prompt_ids: Tensor,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Speed]:
     """`measure` for several models that take turns: A B, A B, ...; what disturbs the machine disturbs all of them.
 
-    Only ratios between the results of one call are worth quoting.
+    settings: {name: further arguments of that model's `generate`}. Only ratios between the results of one call are
+    worth quoting.
     """
+    settings = settings or {}
     if prompt_ids.ndim != 2 or not prompt_ids.numel():
         raise ValueError(f"prompt_ids must be token ids [B, T], got {list(prompt_ids.shape)}")
     if min(new_tokens, repeats) < 1:
         raise ValueError(f"new_tokens={new_tokens} and repeats={repeats} must be at least 1")
-    for model in models.values():
+    for name, model in models.items():
         if model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
         if not hasattr(model, "generate"):
             raise ValueError(f"{type(model).__name__} does not generate: only causal language models are measured")
-        _turn(model, prompt_ids[:, -8:], WARM_UP)
+        _turn(model, prompt_ids[:, -8:], WARM_UP, settings.get(name, {}))
     turns: dict[str, list[Turn]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
-            turns[name].append(_turn(model, prompt_ids, new_tokens))
+            turns[name].append(_turn(model, prompt_ids, new_tokens, settings.get(name, {})))
     return {name: _summary(found, prompt_ids) for name, found in turns.items()}
 
 
@@ -94,7 +101,7 @@ class Clock:
         pass
 
 
-def _turn(model: Any, prompt_ids: Tensor, new_tokens: int) -> Turn:
+def _turn(model: Any, prompt_ids: Tensor, new_tokens: int, settings: Mapping[str, Any]) -> Turn:
     """One `generate`. Tokens are fetched after each step, as for a user who reads along."""
     ids, clock = prompt_ids.to(model.device), Clock()
     start = time.perf_counter()
@@ -109,6 +116,7 @@ def _turn(model: Any, prompt_ids: Tensor, new_tokens: int) -> Turn:
         top_k=None,
         top_p=None,
         streamer=clock,
+        **settings,
     )
     steps = [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
     return Turn(clock.times[1] - start, steps, tuple(out[0, ids.shape[1] :].tolist()))

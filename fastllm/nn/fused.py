@@ -113,7 +113,9 @@ class FusedAttention:
         return not self.module.training and self.qkv.is_current()
 
     def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:
-        if not self.stands_in() or given.get("output_attentions"):
+        cache = given.get("past_key_values")
+        other = cache is not None and not hasattr(cache, "layers")  # an encoder's and a decoder's in one
+        if other or not self.stands_in() or given.get("output_attentions"):
             return type(self.module).forward(self.module, hidden_states, **given)
         return self._forward(hidden_states, **given)
 

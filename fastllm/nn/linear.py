@@ -187,7 +187,9 @@ class QuantLinear(nn.Module):
         for name, held in self._parameters.items():
             if held is not None and not held.is_mkldnn and held.untyped_storage().nbytes() > held.nbytes:
                 destination[prefix + name] = held.detach().clone()  # experts share memory, which files cannot
-        destination[prefix + "weight_packed"] = self.at_rest().packed
+        packed = self.at_rest().packed
+        shares = packed.untyped_storage().nbytes() > packed.nbytes
+        destination[prefix + "weight_packed"] = packed.clone() if shares else packed
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.to_rest()

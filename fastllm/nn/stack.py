@@ -56,11 +56,16 @@ def stack(layers: Sequence[Any]) -> Stack:
     packed, held = _join([layer._parameters["weight_packed"] for layer in layers])
     scale_at_rest, scales = _join([layer._parameters["weight_scale"] for layer in layers])
     bias, biases = _join([layer._parameters["bias"] for layer in layers])
-    zero, zeros = _join([layer._buffers["_zero"] for layer in layers])
+    at_rest = [layer._parameters["weight_zero_point"] for layer in layers]
+    own_zeros = [layer._buffers["_zero"] for layer in layers]
+    zero, zeros = _join(own_zeros)
     if all(_same(layer._buffers["_scale"], layer._parameters["weight_scale"]) for layer in layers):
         prepared, views = scale_at_rest, [view.detach() for view in scales]
     else:
         prepared, views = _join([layer._buffers["_scale"] for layer in layers], layout.scale_rows)
+    if zero is not None and all(_same(*pair) for pair in zip(own_zeros, at_rest, strict=True)):
+        for layer, view in zip(layers, zeros, strict=True):
+            layer._parameters["weight_zero_point"] = nn.Parameter(view, requires_grad=False)
     for layer, *own in zip(layers, held, scales, biases, zeros, views, strict=True):
         layer._parameters.update(weight_packed=own[0], weight_scale=own[1], bias=own[2])
         layer._buffers.update(_zero=own[3], _scale=own[4])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kv_formats import KV_FORMATS, KVFormat
-from .library import is_watched
-from .norm import FAST, check_norm, cpu_rms, define_fused, rms
+from .library import define_fused, is_watched
+from .norm import FAST, check_norm, cpu_rms, rms
 from .rotary import check_rotary, cpu_rotary, cpu_turn, one_tensor, turn
 
 
@@ -53,7 +53,7 @@ def append_kv(
     place, first = (slots, 0) if isinstance(slots, Tensor) else (None, slots)
     operands: tuple[Any, ...] = (q, k, v, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale)
     operands += (place, first, block_table, format, eps, cast_first, interleaved)
-    if is_watched(q, k) or is_watched(q, v) or is_watched(q, q_weight):
+    if is_watched(q, k, v, q_weight, k_weight):
         return torch.ops.fastllm.append_kv(*operands)
     return _forward(*operands)
 

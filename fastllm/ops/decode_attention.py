@@ -22,9 +22,7 @@ def gather(x: Tensor, block_table: Tensor) -> Tensor:
     return pages.transpose(1, 2).flatten(2, 3)
 
 
-def visible(
-    kv_end: Tensor, kv_start: Tensor | None, Sq: int, L: int, window: int | None
-) -> tuple[Tensor, Tensor]:
+def visible(kv_end: Tensor, kv_start: Tensor | None, Sq: int, L: int, window: int | None) -> tuple[Tensor, Tensor]:
     """Which keys each query sees [B, 1, Sq, L], and the distance of keys from it, j - p."""
     keys = torch.arange(L, device=kv_end.device)
     p = kv_end[:, None] - Sq + torch.arange(Sq, device=kv_end.device)  # [B, Sq]
@@ -55,7 +53,7 @@ def definition(
     mask: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What `decode_attention` computes, in `dtype` throughout: [B, Hq, Sq, Dv] of `dtype`. For its arguments see there."""
+    """What `decode_attention` computes, with its arguments, in `dtype` throughout: [B, Hq, Sq, Dv] of `dtype`."""
     k, v = dense(k, k_scale, format, block_table, dtype), dense(v, v_scale, format, block_table, dtype)
     group, Sq, L = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     seen, distance = visible(kv_end, kv_start, Sq, L, window)
@@ -78,7 +76,9 @@ def definition(
     return (weights / torch.where(total == 0, 1, total)) @ v
 
 
-def dense(x: Tensor, scale: Tensor | None, format: str | None, block_table: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dense(
+    x: Tensor, scale: Tensor | None, format: str | None, block_table: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """A cache's contents [B, Hkv, L, D] in `dtype`."""
     if block_table is not None:
         x, scale = gather(x, block_table), None if scale is None else gather(scale, block_table)
@@ -106,8 +106,8 @@ def decode_attention(
     """softmax(scale * q k^T + ...) v over the keys that each query may see: [B, Hq, Sq, Dv] in q's dtype.
 
     q:        [B, Hq, Sq, D], float16, bfloat16 or float32, any strides; Sq from 1 to 16, D and Dv up to 256
-    k, v:     [B, Hkv, L, D] and [B, Hkv, L, Dv], of q's dtype or as `format` stores them, unit inner stride; Hkv divides
-              Hq. With block_table [pages, Hkv, page_size, ...], page_size a power of two from 16
+    k, v:     [B, Hkv, L, D] and [B, Hkv, L, Dv], of q's dtype or as `format` stores them, unit inner stride; Hkv
+              divides Hq. With block_table [pages, Hkv, page_size, ...], page_size a power of two from 16
     kv_end:   int32 [B]: keys of a row, those of q included. Query i is at position p = kv_end - Sq + i and sees keys j
               with kv_start <= j <= p. Other slots, and pages that no entry in use names, may hold anything
     kv_start: int32 [B], 0 by default
@@ -264,9 +264,9 @@ def _plainly(
 
 
 LIBRARY.define(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor kv_end, Tensor? kv_start, Tensor? k_scale, Tensor? v_scale, "
-    "str? format, Tensor? block_table, float? scale, int? window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, "
-    "Tensor? mask) -> Tensor"
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor kv_end, Tensor? kv_start, Tensor? k_scale, "
+    "Tensor? v_scale, str? format, Tensor? block_table, float? scale, int? window, float? softcap, Tensor? sinks, "
+    "Tensor? alibi_slopes, Tensor? mask) -> Tensor"
 )
 LIBRARY.impl("decode_attention", _on_cpu, "CPU")
 LIBRARY.impl("decode_attention", _on_cuda, "CUDA")

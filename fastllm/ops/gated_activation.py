@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .library import is_watched
-from .norm import FAST, define_fused
+from .library import define_fused, is_watched
+from .norm import FAST
 
 # on the CPU each is an operator or two of torch, in its own dtype
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

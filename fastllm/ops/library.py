@@ -1,4 +1,4 @@
-"""What the ops that multiply by a packed weight have in common: the library, gradients, shapes of results."""
+"""What ops have in common: the library, how they are defined, gradients, shapes of results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 LIBRARY = torch.library.Library("fastllm", "DEF")
 
 
-def is_watched(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether an op must go through the dispatcher, which costs 8 of the 20 us of a small layer."""
+def is_watched(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op of these tensors must go through the dispatcher, which costs 8 of the 20 us of a small layer."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in others))
 
 
 def define(name: str, forward: Callable[..., Tensor], grad_x: Callable[..., Tensor], rest: str) -> None:
@@ -55,3 +55,30 @@ def define(name: str, forward: Callable[..., Tensor], grad_x: Callable[..., Tens
     torch.library.register_autograd(f"fastllm::{name}", backward, setup_context=save_for_backward, lib=LIBRARY)
     torch.library.register_fake(f"fastllm::{name}", like_y, lib=LIBRARY)
     torch.library.register_fake(f"fastllm::{name}_grad_x", like_x, lib=LIBRARY)
+
+
+def define_fused(schema: str, forward: Callable, definition: Callable, like: Callable) -> None:
+    """Define `fastllm::schema`. Where an input requires a gradient the definition runs, which autograd sees through.
+
+    forward, definition: the arguments of the schema -> the result
+    like: the arguments -> tensors of the result's shape, dtype and device, all contiguous
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    op = getattr(torch.ops.fastllm, name)
+
+    def settled(*args: Any) -> Any:
+        """As `like` promises to whoever compiles."""
+        y = forward(*args)
+        return y.contiguous() if isinstance(y, Tensor) else tuple(part.contiguous() for part in y)
+
+    def differentiable(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return definition(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, settled, key)
+    LIBRARY.impl(name, differentiable, "Autograd")
+    torch.library.register_fake(f"fastllm::{name}", like, lib=LIBRARY)

@@ -4,44 +4,16 @@ Their definitions are `rms`, `layer` and the sums around them. On a GPU each is 
 CPU a layer norm is torch's own; of an RMS norm it makes ten operators there, `cpu_rms` about five.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .library import LIBRARY, is_watched
+from .library import define_fused, is_watched
 
 FAST = (torch.float32, torch.bfloat16, torch.float16)
 FEW = 8192  # numbers for which one call less is worth a division each
-
-
-def define_fused(schema: str, forward: Callable, definition: Callable, like: Callable) -> None:
-    """Define `fastllm::schema`. Where an input requires a gradient the definition runs, which autograd sees through.
-
-    forward, definition: the arguments of the schema -> the result
-    like: the arguments -> tensors of the result's shape, dtype and device, all contiguous
-    """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    op = getattr(torch.ops.fastllm, name)
-
-    def settled(*args: Any) -> Any:
-        """As `like` promises to whoever compiles."""
-        y = forward(*args)
-        return y.contiguous() if isinstance(y, Tensor) else tuple(part.contiguous() for part in y)
-
-    def differentiable(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return definition(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, settled, key)
-    LIBRARY.impl(name, differentiable, "Autograd")
-    torch.library.register_fake(f"fastllm::{name}", like, lib=LIBRARY)
 
 
 def rms(x: Tensor, weight: Tensor | None, eps: float, cast_first: bool) -> Tensor:
@@ -78,7 +50,7 @@ def rms_norm(
     Square Layer Normalization (2019).
     """
     if residual is not None:
-        if is_watched(x, weight) or is_watched(x, residual):
+        if is_watched(x, weight, residual):
             return torch.ops.fastllm.add_rms_norm(x, residual, weight, eps, cast_first)
         return _add_rms_norm(x, residual, weight, eps, cast_first)
     if is_watched(x, weight):
@@ -99,14 +71,14 @@ def norm_add_norm(
 
     What Gemma 2 and 3 do between two sublayers. The first norm, the total and y are each rounded to x's dtype.
     """
-    if is_watched(x, residual) or is_watched(x, weight_a) or is_watched(x, weight_b):
+    if is_watched(x, residual, weight_a, weight_b):
         return torch.ops.fastllm.norm_add_norm(x, residual, weight_a, weight_b, eps_a, eps_b, cast_first)
     return _norm_add_norm(x, residual, weight_a, weight_b, eps_a, eps_b, cast_first)
 
 
 def norm_add(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, cast_first: bool = False) -> Tensor:
     """residual + rms_norm(x, weight), of x's dtype: `norm_add_norm` without the second norm."""
-    if is_watched(x, residual) or is_watched(x, weight):
+    if is_watched(x, residual, weight):
         return torch.ops.fastllm.norm_add(x, residual, weight, eps, cast_first)
     return _norm_add(x, residual, weight, eps, cast_first)
 
@@ -119,10 +91,10 @@ def layer_norm(
     As `rms_norm`: float32 arithmetic, the total and y each rounded to x's dtype.
     """
     if residual is not None:
-        if is_watched(x, weight) or is_watched(x, bias) or is_watched(x, residual):
+        if is_watched(x, weight, bias, residual):
             return torch.ops.fastllm.add_layer_norm(x, residual, weight, bias, eps)
         return _add_layer_norm(x, residual, weight, bias, eps)
-    if is_watched(x, weight) or is_watched(x, bias):
+    if is_watched(x, weight, bias):
         return torch.ops.fastllm.layer_norm(x, weight, bias, eps)
     return _layer_norm(x, weight, bias, eps)
 

@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .library import is_watched
-from .norm import FAST, define_fused
+from .library import define_fused, is_watched
+from .norm import FAST
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -35,7 +35,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     float32 arithmetic, rounded once; on the CPU each of two sums is rounded, which is less often than transformers
     does. Differentiable. ValueError for operands that do not fit. Source: Su et al., RoFormer (2021).
     """
-    if is_watched(q, k) or is_watched(cos, sin):
+    if is_watched(q, k, cos, sin):
         return torch.ops.fastllm.rotary(q, k, cos, sin, interleaved)
     return _forward(q, k, cos, sin, interleaved)
 

@@ -88,9 +88,6 @@ class Speedups:
         try:
             loop = FastGenerate(model, self.kv_cache)
             error = _loop_error(model, ids)
-            if self.kv_cache is not None:
-                with torch.no_grad():  # that it can hold the heads of this model
-                    model(input_ids=ids[:, :1], past_key_values=KVCache(model.config, self.kv_cache))
         except ValueError as why:
             raise _Refused(str(why)) from why
         if not error <= WORST:
