@@ -181,6 +181,9 @@ def test_dropout_drops():
     model.requires_grad_(False).train()
     assert (answer(model) - answer(model)).norm() > 0
     assert "torch's ran for dropout" in str(report)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    assert (answer(model) - answer(model)).norm() > 0, "that of the feed-forward blocks"
     assert report.to_dict()["fallbacks"] == ["dropout"]
 
 

@@ -111,6 +111,8 @@ def test_undoing_gives_memory_back(format):
     merged = Merged(owner, ("a", "b"))
     merged.undo()
     assert len({t.untyped_storage().data_ptr() for t in owner.parameters()}) == len(list(owner.parameters()))
+    for t in (*owner.parameters(), *owner.buffers()):
+        assert t.is_mkldnn or t.untyped_storage().nbytes() == t.nbytes
     assert_equal(owner.each(x(torch.bfloat16)), want)
 
 
@@ -232,6 +234,8 @@ def test_no_packed_weight_is_out_of_date(format, assign):
     assert_equal(product(merged, x(torch.bfloat16)), other.each(x(torch.bfloat16)))
     owner.b.bias = nn.Parameter(owner.b.bias.detach() + 5, requires_grad=False)
     assert_equal(product(merged, x(torch.bfloat16)), owner.each(x(torch.bfloat16)))
+    owner.a.weight_packed = nn.Parameter(owner.a.weight_packed.detach().flip(0), requires_grad=False)
+    assert_equal(product(merged, x(torch.bfloat16)), owner.each(x(torch.bfloat16)))
     owner.float()
     if merged.is_current():  # the layout for the other type may be one that cannot be merged
         assert_equal(product(merged, x()), owner.each(x()))
@@ -256,7 +260,7 @@ def test_copies_are_on_their_own(format):
     owner.merged = Merged(owner, ("a", "b", "c"))
     want = product(owner.merged, x(dtype))
     for twin in (copy.deepcopy(owner), pickle.loads(pickle.dumps(owner))):
-        assert twin.merged.owner is twin and twin.merged.layers[0] is twin.a
+        assert twin.merged.owner is twin and twin.merged.layers[0] is twin.a and twin.merged.whole is None
         assert_equal(product(twin.merged, x(dtype)), want)
         assert not storages(twin) & storages(owner)
         twin.a.load_state_dict({n: torch.zeros_like(t) for n, t in twin.a.state_dict().items()})

@@ -100,6 +100,15 @@ def test_a_prompt_that_is_its_own_draft(llama):
     assert_equal(greedy(llama.fast, NEW, **repeating()), want)
 
 
+@pytest.mark.parametrize("way", ["assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"])
+def test_the_cache_is_the_one_asked_for(llama, way):
+    """Answers alone would not tell: 14 tokens are the same with either."""
+    setting = {way: small() if way == "assistant_model" else 1}
+    cache = greedy(llama.fast, 4, **prompt(), **setting, return_dict_in_generate=True).past_key_values
+    kind = llama.fast._fastllm.speedups.kv_cache
+    assert getattr(getattr(cache, "format", None), "name", None) == kind
+
+
 def test_an_early_exit_is_a_draft(llama):
     want = greedy(llama.fast, NEW, **prompt())
     assert_equal(greedy(llama.fast, NEW, **prompt(), assistant_early_exit=1), want)
@@ -148,6 +157,17 @@ def test_long_drafts(tokens):
         cache = KVCache(models.fast.config)
         assert_equal(greedy(models.fast, 2 * tokens, **given, assistant_model=draft, past_key_values=cache), want)
     assert tokens + 1 in counts[1:]
+
+
+def test_memory_after_drafts():
+    """What is kept so that drafts can be taken back goes when no more are made."""
+    models, given = pair("gemma3"), prompt()
+    cache = KVCache(models.fast.config)
+    said = greedy(models.fast, 6, **given, assistant_model=small(), past_key_values=cache)
+    longer = torch.cat((said, prompt(1, 400)["input_ids"]), 1)
+    want = greedy(models.plain, 5, input_ids=longer)
+    assert_equal(greedy(models.fast, 5, input_ids=longer, past_key_values=cache), want)
+    assert cache.layers[0].keys.shape[2] <= 4 * SLACK
 
 
 def test_sampling_with_drafts(llama):

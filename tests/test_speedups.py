@@ -17,7 +17,6 @@ from fastllm.patch import fuse, is_patched
 from fastllm.patch.speedups import Speedups
 
 QUIET = {"quiet": True}
-ALL = ("norm", "mlp", "attention", "layer")
 
 
 def traces(model):
@@ -295,7 +294,3 @@ def test_loading_applies_them(tmp_path):
     assert counts(again) == "9/9" and parts_of(loaded) == (True, {"FusedNorm"}, False)
     few = fastllm.load(tmp_path, attention=False, fuse="mlp", decode=False)
     assert parts_of(few) == (False, {"FusedMLP"}, False)
-
-
-def test_the_tables_are_apart():
-    assert not FAMILIES.keys() & MORE_FAMILIES.keys() and set(ALL) == set(fuse.PARTS)

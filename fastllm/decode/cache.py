@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..kernels.decode_config import MOST_QUERIES
 from ..kv_formats import KV_FORMATS, KVFormat
 from ..ops.append_kv import append_kv
 from ..ops.attention import attention
@@ -13,7 +14,6 @@ from ..ops.decode_attention import decode_attention
 
 FIRST = 128  # slots of a layer that is not told how many it will need; doubled when they are full
 SLACK = 64  # tokens beyond its window that a sliding layer keeps, so that as many can be taken back
-DECODE_ROWS = 16  # tokens at a time that `decode_attention` takes
 
 
 class KVLayer(CacheLayerMixin):
@@ -129,12 +129,13 @@ class KVLayer(CacheLayerMixin):
         T = q.shape[2]
         first = 0 if window is None else max(0, self.length - T + 1 - window)
         start = self._start(mask, first)
-        if self.format is None or T > DECODE_ROWS:
+        if T > MOST_QUERIES or self.format is None and not q.is_cuda:
             k, v = self.dense(first)
             return attention(q, k, v, causal=T > 1, window=window if T > 1 else None, kv_start=start, **options)
         k, v, *scales = (t[:, :, first : self.length] for t in self._stored())
         end = torch.full((q.shape[0],), self.length - first, dtype=torch.int32, device=q.device)
-        options |= {"k_scale": scales[0], "v_scale": scales[1], "format": self.format.name}
+        if self.format is not None:
+            options |= {"k_scale": scales[0], "v_scale": scales[1], "format": self.format.name}
         return decode_attention(q, k, v, end, kv_start=start, window=window if T > 1 else None, **options)
 
     def _start(self, mask: Tensor | None, first: int) -> Tensor | None:

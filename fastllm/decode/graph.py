@@ -104,6 +104,9 @@ class Graphs:
         self.kept: dict[tuple, Steps] = {}
         self.place: tuple = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": {}, "place": ()}  # a copied model makes its own
+
     def steps(
         self,
         ids: Tensor,

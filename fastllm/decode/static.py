@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.decode_config import MOST_QUERIES
 from ..kv_formats import KV_FORMATS, KVFormat
 from ..nn.attend import attend
 from ..ops.append_kv import append_kv
 from ..ops.decode_attention import decode_attention
-from .cache import DECODE_ROWS, KVCache, KVLayer, windows
+from .cache import KVCache, KVLayer, windows
 
 
 class StaticKVLayer(KVLayer):
@@ -50,7 +51,7 @@ class StaticKVLayer(KVLayer):
         """As `KVLayer.attend`; the mask is compact, and tells where the keys of each row end."""
         if mask is None:
             raise ValueError("a static cache needs the compact mask, which tells how many of its slots are filled")
-        if q.shape[2] > DECODE_ROWS:
+        if q.shape[2] > MOST_QUERIES:
             return attend(q, *self._all(), mask, causal=causal, window=window, **options)
         start, end = mask[:, 0, 0, 0], mask[:, 0, 0, 1]
         options |= self._scales()

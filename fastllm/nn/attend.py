@@ -1,4 +1,4 @@
-"""Attention under a mask as transformers hands it over: none, dense, or the compact one of `fastllm.patch.attention`."""
+"""Attention under a mask as transformers hands it over: none, dense, or the compact one of `patch.attention`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.decode_config import MOST_QUERIES
 from ..ops.attention import attention
+from ..ops.decode_attention import decode_attention
 
 # Keyword arguments that modules pass on, and that change nothing about what attention computes.
 HARMLESS = {
@@ -52,8 +54,8 @@ def attend(
 ) -> Tensor:
     """q [B, Hq, T, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv] -> [B, Hq, T, Dv].
 
-    mask: None: causal or full; compact; or bool (True: attend) or additive, broadcast to [B, Hq, T, L], which then says
-    all: `causal` and `window` no longer count, for they are in it. The causal diagonal ends at the last key.
+    mask: None: causal or full; compact; or bool (True: attend) or additive, broadcast to [B, Hq, T, L], which then
+    says all: `causal` and `window` no longer count, for they are in it. The causal diagonal ends at the last key.
     """
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
     T = q.shape[2]
@@ -64,6 +66,12 @@ def attend(
             if mask.shape[3] == 3 and window is None:
                 window = int(mask[0, 0, 0, 2])  # the module did not say it, only the mask does
             options |= bounds(mask, k.shape[2])
+        watched = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if q.is_cuda and T <= MOST_QUERIES and (causal or T == 1) and not watched:
+            end = options.pop("kv_end", None)
+            if end is None:
+                end = torch.full((len(q),), k.shape[2], dtype=torch.int32, device=q.device)
+            return decode_attention(q, k, v, end, window=window, **options)
         return attention(q, k, v, causal=causal and (T > 1 or window is not None), window=window, **options)
     if mask.shape[-1] > k.shape[2]:
         mask = mask[..., : k.shape[2]]

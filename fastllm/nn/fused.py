@@ -87,8 +87,8 @@ class Shape(NamedTuple):
 class FusedAttention:
     """softmax(rotate(norm(q)) rotate(norm(k)).T * scale) v, projected; q, k and v as one product.
 
-    With a cache of fastllm's, norm, rotation and appending are one step more, and quantized keys and values are read as
-    they are. Other caches are given dense rows, as they expect.
+    With a cache of fastllm's, norm, rotation and appending are one step more, and quantized keys and values are read
+    as they are. Other caches are given dense rows, as they expect.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class FusedAttention:
         refuse_unknown(kwargs)
         q, k, v = self.split(hidden_states)
         options = self.current_options()
-        layer = None
+        layer: Any = None
         if past_key_values is not None:
             index = self.module.layer_idx
             layer = past_key_values.layers[index] if index < len(past_key_values.layers) else None

@@ -38,9 +38,10 @@ class FusedLayer:
         """Whether the norms that it goes past are the layer's, unwatched, and do not learn, and nothing drops out."""
         if self.module.training:
             return False
-        learning, children = torch.is_grad_enabled(), self.module._modules
+        learning = torch.is_grad_enabled()
+        children: dict[str, Any] = self.module._modules
         for name, norm in zip(self.names, self.norms, strict=True):
-            module = norm.module
+            module: Any = norm.module
             if children.get(name) is not module or has_hooks(module):
                 return False
             if learning and module._parameters["weight"].requires_grad:

@@ -57,11 +57,19 @@ def attention_forward(
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    options = {"causal": is_causal, "scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    options: dict[str, Any] = {
+        "causal": is_causal,
+        "scale": scaling,
+        "window": sliding_window,
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
     record: Any = getattr(module, RECORD, None)
     if record is not None:
         record.append((query, key, value, options, position_bias, kwargs))
-    reasons = [why for why, here in (("dropout", dropout > 0), ("output_attentions", kwargs.get("output_attentions"))) if here]
+    reasons = [
+        why for why, here in (("dropout", dropout > 0), ("output_attentions", kwargs.get("output_attentions"))) if here
+    ]
     if reasons:
         module.__dict__.setdefault(FALLBACKS, set()).update(reasons)
         if softcap or s_aux is not None:
@@ -107,9 +115,10 @@ def dense_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool, window: 
     if mask is None and not (causal and T > 1):
         return None
     keys = torch.arange(L, device=q.device)
-    start, end = (0, L) if mask is None else mask[..., :2].unbind(-1)
+    start: Any = 0
+    end: Any = L
     if mask is not None:
-        start, end = start[..., None], end[..., None]  # [B, 1, 1, 1]
+        start, end = (t[..., None] for t in mask[..., :2].unbind(-1))  # [B, 1, 1, 1]
     rows = torch.arange(T, device=q.device)[:, None] + (end - T)
     seen = (keys >= start) & (keys < end)
     if causal:
@@ -134,8 +143,8 @@ def compact_mask(
 ) -> Tensor | None:
     """The mask of a forward pass: None, compact, or bool [B, 1, T, L], whichever is the smallest that says all.
 
-    attention_mask: bool [B, tokens seen], False: padding. Compact is int32 [B, 1, 1, 2]: the first key of each row, and
-    the end of its keys, on which the diagonal ends where there is one; and, as a third number, a sliding window.
+    attention_mask: bool [B, tokens seen], False: padding. Compact is int32 [B, 1, 1, 2]: the first key of each row,
+    and the end of its keys, on which the diagonal ends where there is one; and, as a third number, a sliding window.
     """
     kind, window = kind_of(mask_function)
     if torch.compiler.is_compiling() and attention_mask is not None:

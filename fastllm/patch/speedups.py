@@ -21,7 +21,9 @@ CHECKED = 16  # tokens for which the loop's logits are compared with a plain for
 class Speedups:
     """The three, of one model. `undo` takes them away, in whatever state they are."""
 
-    def __init__(self, model: Any, attention: bool, fuse: bool | str | tuple[str, ...], kv_cache: str | None, decode: bool):
+    def __init__(
+        self, model: Any, attention: bool, fuse: bool | str | tuple[str, ...], kv_cache: str | None, decode: bool
+    ):
         """The arguments are those of `optimize`. Raises ValueError for an unknown part to fuse or kind of cache."""
         self.model, self.attention, self.decode, self.kv_cache = model, attention, decode, kv_cache
         self.parts = PARTS if fuse is True else (fuse,) if isinstance(fuse, str) else tuple(fuse or ())
@@ -114,7 +116,9 @@ class Speedups:
         lines = []
         if self.attention:
             why = self.refused.get("attention")
-            lines.append(f"attention: left as it is ({why})" if why else f"attention: fastllm's, in place of {self.before}")
+            lines.append(
+                f"attention: left as it is ({why})" if why else f"attention: fastllm's, in place of {self.before}"
+            )
             if self.fallbacks:
                 lines[-1] += f"; torch's ran for {', '.join(sorted(self.fallbacks))}"
         counts = {part: self.fusions.count(part) for part in self.parts}
@@ -163,7 +167,7 @@ def _error(got: Tensor, want: Tensor) -> float:
     return float(difference / size.clamp(min=1e-30))
 
 
-def _padded(model: nn.Module, ids: Tensor) -> Tensor:
+def _padded(model: Any, ids: Tensor) -> Tensor:
     """The answer to ids [1, T] and, beside it, to its second half behind padding: float32 [tokens, V]."""
     T = ids.shape[1]
     half = T // 2
@@ -186,7 +190,9 @@ def _check_windows(model: Any, records: dict[nn.Module, list]) -> None:
         index = getattr(module, "layer_idx", None)
         for window in (option["window"] for option in options):
             if isinstance(index, int) and index < len(wanted) and window != wanted[index]:
-                raise ValueError(f"layer {index} tells its attention of a window of {window}, its config of {wanted[index]}")
+                raise ValueError(
+                    f"layer {index} tells its attention of a window of {window}, its config of {wanted[index]}"
+                )
 
 
 def _loop_error(model: Any, ids: Tensor) -> float:
