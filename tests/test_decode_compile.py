@@ -23,7 +23,7 @@ SOME = ("kv_start", "WINDOW", "SOFTCAP")  # what models have at the same time; t
 # for a byte, an A100 has 9.6 of them, an H100 8.9 and an H200 6.2; what is asked is that they leave room: 85 % of the
 # bandwidth in 16 bits takes a quarter of an H100's, 1.6 times the speed from int8 three quarters of the bandwidth and
 # half of the instructions, 2.2 times from int4 60 % of the bandwidth and of the instructions.
-BUDGET = {(16, 16): 2.4, (16, 32): 4.4, (8, 16): 5.4, (8, 32): 6.8, (4, 16): 8.6}
+BUDGET = {(16, 16): 2.4, (16, 32): 4.4, (8, 16): 5.4, (8, 32): 6.8, (4, 16): 8.2}
 
 
 class Build(NamedTuple):
@@ -93,7 +93,9 @@ def rows_to_build(capability: int) -> Iterator[Build]:
             yield Build(capability, bits, row.D, tile, other, SQ, page=256)
             yield Build(capability, bits, row.D, tile, one, SQ, ALL if tile[0] == 16 else SOME, 16)
             yield Build(capability, bits, row.D, tile, other, 1, ("kv_start", "WINDOW"))
-            if bits != 4 and row.D > 64:
+            if bits == 4:
+                yield Build(capability, bits, row.D // 2 if i == 0 else row.D - 64, tile, other)
+            elif row.D > 64:
                 yield Build(capability, bits, row.D - 48 - 8 * (bits == 16), tile, other, SQ, unit=8)
         tile = tuple(SMALL[1])
         yield Build(capability, bits, 128, tile, "fp32", 2, ALL)
@@ -166,7 +168,7 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     bodies = [[text for _, text in lines[start : end + 1]] for start, end in loops(lines)]
     product = re.compile(r" FFMA" if build.dtype == "fp32" else r" (HMMA|HGMMA|UTC\w*MMA)")
     loop = max((b for b in bodies if any(product.search(text) for text in b)), key=len, default=[])
-    scales = {16: 0, 8: 8, 4: build.D // 8}[build.bits]
+    scales = {16: 0, 8: 8, 4: build.D // 4}[build.bits]
     return Stats(
         shared=built.metadata.shared,
         registers=int(re.findall(r"REG:(\d+)", dump)[-1]),

@@ -103,6 +103,9 @@ class FastGenerate:
     ) -> Any:
         """The part of `generate` that comes after all preparation."""
         starts = _starts(inputs.get("attention_mask"), input_ids)
+        # a mask of nothing but ones may have been dropped, after its length was noted
+        if (getattr(generation_config, "_mask_length", None) or input_ids.shape[1]) != input_ids.shape[1]:
+            starts = None
         why = self._why_not_prepared(generation_config, input_ids, starts, inputs, streamer)
         if why:
             self._note(why)
@@ -122,6 +125,8 @@ class FastGenerate:
                 return ids.clone()
         if not isinstance(cache, KVCache):
             cache = KVCache(self.model.config, self.kv_cache, slots=min(most, input_ids.shape[1] + AHEAD))
+        for layer in cache.layers:
+            layer.record_past = False  # from here on nothing is taken back
         state = State(input_ids, most, starts, eos, pad)
         return run(self.model, state, cache, input_ids.shape[1], sampler, stops, streamer, extra).clone()
 
@@ -174,7 +179,7 @@ class FastGenerate:
             return f"the inputs {', '.join(others)}"
         if input_ids.ndim != 2 or not input_ids.shape[1]:
             return "no prompt"
-        return "padding elsewhere than on the left" if starts is None else ""
+        return "a mask of something else than padding on the left" if starts is None else ""
 
     def _hand_on(self, input_ids: Tensor, processors: Any, criteria: Any, config: Any, **inputs: Any) -> Any:
         """transformers' loop for the mode of `config`."""
@@ -203,7 +208,7 @@ def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
     if not strings or tokenizer is None:
         return kwargs
     kwargs = {name: value for name, value in kwargs.items() if name != "stop_strings"}
-    if getattr(settings, "stop_strings", None):
+    if settings is not None and getattr(settings, "stop_strings", None):
         kwargs["generation_config"] = settings = copy.deepcopy(settings)
         settings.stop_strings = None
     criteria = [*(kwargs.get("stopping_criteria") or ()), hf.StopStringCriteria(tokenizer, strings)]

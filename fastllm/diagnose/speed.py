@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..patch.plan import Planner
+from ..patch.plan import as_it_is
 
 WARM_UP = 2  # decode steps before the clock counts: first calls allocate, and let libraries choose their kernels
 
@@ -141,7 +141,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
     Works for dense and for patched models. Times the tokens per second, this is the bandwidth that decoding reaches.
     """
-    return Planner({}, None, False, "*", ()).plan(model).before
+    return as_it_is(model).before
 
 
 def peak_rss() -> int | None:

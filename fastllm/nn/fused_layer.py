@@ -41,10 +41,8 @@ class FusedLayer:
         learning = torch.is_grad_enabled()
         children: dict[str, Any] = self.module._modules
         for name, norm in zip(self.names, self.norms, strict=True):
-            module: Any = norm.module
-            if children.get(name) is not module or has_hooks(module):
-                return False
-            if learning and module._parameters["weight"].requires_grad:
+            own = norm.module._parameters["weight"]
+            if children.get(name) is not norm.module or has_hooks(norm.module) or learning and own.requires_grad:
                 return False
         return True
 

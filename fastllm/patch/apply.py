@@ -15,7 +15,7 @@ from ..probe import outputs, probe, refuse_nan
 from ..progress import track
 from .accuracy import agreement
 from .errors import NotSupportedError, refuse_coverage, refuse_state
-from .plan import Decision, Patterns, Planner
+from .plan import Decision, Patterns, Planner, as_it_is
 from .report import Report, memory
 from .speedups import Speedups
 
@@ -56,59 +56,51 @@ def optimize(
 ) -> Report:
     """Make a Hugging Face model faster, in place: quantized weights, attention, fused modules, a lean decoding loop.
 
-    Each of them is checked on the model before it stays; what was done, what was not and why is in the report.
+    Each is checked on the model before it stays; what was done, what was not and why is in the report.
 
     weights:      "int4", "int8", "fp8", a format such as "int4-g64" (see `fastllm.FORMATS`), or {pattern of module
-                  names: format or None}, of which the first match counts and what matches none stays dense; None:
-                  they stay as they are
-    activations:  "int8": the inputs of the layers, too, are rounded to 8 bits when they come, token by token, and the
-                  products are integers; needs weights="int8". The output head and experts keep theirs (insist on the
-                  head's with lm_head="int8-a8"). In a mapping, "int8-a8" names such a format.
-                  "fp8": to float8, which weights="fp8" always does; it is for GPUs of compute capability 8.9 and
-                  newer, and leaves experts as they are
+                  names: format or None}, of which the first match counts and what matches none stays; None: as it is
+    activations:  "int8" or "fp8", with the same weights: inputs of layers, but for the head and experts, are rounded
+                  to 8 bits, token by token; in a mapping "int8-a8" or "fp8-a8", also for the head
     group_size:   weights per scale, in place of what `weights` says, but not in lm_head; -1: one per output channel
     method:       "rtn" or "hqq" (see `fastllm.quantizers`); by default hqq for 4 bits and rtn for 8
-    lm_head:      the format of the output head; False: leave it; True: as `weights` says; by default one scale per
-                  word at 8 bits, or, where `weights` is a mapping, what that says. A tied head gets a quantized,
-                  read-only copy; the embedding stays as it is
+    lm_head:      the format of the output head; False: leave it; True: as `weights` says; by default as a mapping
+                  says, else 8 bits with one scale per word. A tied head gets a read-only copy, the embedding stays
     include, exclude: patterns of module names, matched as file names are; exclude wins
     min_coverage: raise CoverageError if fewer of the bytes read per token would be quantized
-    batch_invariant: the quantized layers give a token the same bits whatever else is in the batch; slower for many
-                  tokens on a GPU, and much slower on a CPU, which takes them one by one
-    attention:    fastllm's attention in place of the model's own, for models that let it be exchanged
-    fuse:         True, False, or some of "norm", "mlp", "attention": norms, gated feed-forward blocks and attention
-                  blocks whose answer a fused form gives run in that form, with projections of one input merged
+    batch_invariant: quantized layers give a token the same bits whatever else is in the batch; slower for many tokens
+    attention:    fastllm's attention in place of the model's own, where that can be exchanged
+    fuse:         True, False, or some of "norm", "mlp", "attention", "layer": modules in a fused form that gives the
+                  same answer, projections of one input merged
     kv_cache:     "int8" or "int4": `generate` keeps keys and values so; None: as they come
     decode:       `generate` runs fastllm's loop where that can do what is asked, transformers' own elsewhere
-    keep:         keep the original modules, where they are, so that `restore` is exact; False frees them at the end
-                  (`fastllm.load` quantizes while it reads and never holds both)
+    keep:         keep the original modules, so that `restore` is exact; False frees them at the end
     prompt:       token ids [1, T] for the accuracy check; by default 64 random ones
     dry_run:      change nothing, only report
 
-    Raises NotSupportedError (training mode, quantized, offloaded or meta weights) or CoverageError, both of them
-    ValueErrors of `fastllm.patch`, or ValueError (NaN, unknown format); the model is then as it was. A second call
-    only returns the first report.
+    Raises NotSupportedError (training mode, quantized, offloaded or meta weights) or CoverageError, ValueErrors of
+    `fastllm.patch`, or ValueError (NaN, unknown format); the model is then as it was. A second call does nothing.
     """
     model = _inner(model)
+    planner = None if weights is None else Planner(weights, group_size, lm_head, include, exclude, activations)
     if is_patched(model):
-        if model._fastllm.loaded and weights is not None:
-            refuse_coverage(
-                Planner(weights, group_size, lm_head, include, exclude, activations).plan(model), 1e-9, model
-            )
-        logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
-        return model._fastllm.report
+        return _again(model, planner)
     refuse_state(model)
-    if weights is None:
-        plan = Planner({}, None, False, (), ()).plan(model)
-        for decision in plan.decisions:
-            decision.reason = decision.remedy = ""  # it was not asked for
-    else:
-        plan = Planner(weights, group_size, lm_head, include, exclude, activations).plan(model)
+    plan = as_it_is(model) if planner is None else planner.plan(model)
+    if planner is not None:
         refuse_coverage(plan, min_coverage if plan.chosen else max(min_coverage, 1e-9), model)
     patch = Patch(Report(model, plan, keep), Speedups(model, attention, fuse, kv_cache, decode))
     if not dry_run:
         _apply(model, patch, method, probe(model, prompt), prompt is not None, quiet, batch_invariant)
     return patch.report
+
+
+def _again(model: Any, planner: Planner | None) -> Report:
+    """A model that is patched stays as it is; of one that was loaded packed no weights can be quantized."""
+    if model._fastllm.loaded and planner is not None:
+        refuse_coverage(planner.plan(model), 1e-9, model)
+    logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
+    return model._fastllm.report
 
 
 def _apply(

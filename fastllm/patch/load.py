@@ -11,7 +11,7 @@ from ..ops import layouts_of
 from ..probe import outputs, probe, reads_tokens
 from .accuracy import agreement
 from .apply import Patch
-from .plan import Planner
+from .plan import as_it_is
 from .report import Report, memory
 from .speedups import Speedups
 
@@ -46,9 +46,8 @@ def load(
     if not packed or not reads_tokens(model) or text is not model.config:
         return model
     speedups = Speedups(model, attention, fuse, kv_cache, decode)
-    plan = Planner({}, None, False, "*", ()).plan(model)
+    plan = as_it_is(model)
     for decision in plan.decisions:
-        decision.reason = decision.remedy = ""
         layer = model.get_submodule(decision.name)
         if isinstance(layer, QuantLinear):
             decision.runs = f"{layer.format.name}, {layouts_of(layer.format)[layer.layout].runs}"
