@@ -6,7 +6,7 @@ import pytest
 import torch
 from close import assert_close, assert_equal
 from families import build, ids, rough
-from pairs import answer, counts, fused, mask, same
+from pairs import OPTIONS, answer, counts, fused, made, mask, same
 from torch import nn
 
 import fastllm
@@ -51,6 +51,21 @@ def test_hooks_fire_and_change_what_they_return(name):
     assert_close(changed[0], changed[1].double(), dtype=torch.float32)
     same(model, plain)
     assert (changed[0] - answer(plain)).norm() > 1e-3 * changed[0].norm()
+
+
+def test_what_is_watched_or_replaced_before_is_left():
+    model, plain = made("llama")
+    layers, calls = model.model.layers, []
+    layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    layers[1].input_layernorm.forward = lambda x: 2 * x
+    plain.model.layers[1].input_layernorm.forward = lambda x: 2 * x
+    report = fastllm.optimize(model, None, **OPTIONS)
+    assert counts(report) == "4/5 1/2 2/2 1/2"
+    reason = "it has hooks, or another library has replaced its forward"
+    assert set(report.to_dict()["not_fused"][reason]) == {"model.layers.0.mlp", "model.layers.1.input_layernorm"}
+    calls.clear()
+    same(model, plain)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("name", [".self_attn.k_proj", ".mlp.up_proj", ".self_attn.q_norm", ".mlp.act_fn"])
@@ -185,6 +200,8 @@ def test_dropout_drops():
         layer.self_attn.attention_dropout = 0.0
     assert (answer(model) - answer(model)).norm() > 0, "that of the feed-forward blocks"
     assert report.to_dict()["fallbacks"] == ["dropout"]
+    fastllm.restore(model)
+    assert not [name for m in model.modules() for name in m.__dict__ if name.startswith("_fastllm")]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def test_each_can_be_asked_for(given, attention, twins, generate):
     assert ("generate: fastllm's loop" in lines) == generate
     if "attention" in given and given.get("decode", True):
         assert "generate: transformers' own loop (it needs fastllm's attention)" in lines
+    if not attention:
+        assert "not fused" not in lines, "what was not looked at"
     if given.get("fuse", True) is False:
         assert "fused" not in lines
     everything = report.to_dict()
