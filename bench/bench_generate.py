@@ -28,6 +28,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "int4": {"weights": "int4-g32", "lm_head": "int4-g32"},
     "mixed": {"weights": {"lm_head": "int4-g64", "*": "int8"}},
     "int8, int8 KV": {"weights": "int8", "kv_cache": "int8"},
+    "int8 compiled": {"weights": "int8", "decode": "compile"},
+    "int4 compiled": {"weights": "int4-g32", "lm_head": "int4-g32", "decode": "compile"},
 }
 LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -97,7 +99,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", default="fused,int8,int4,mixed", help="beside transformers' own (%(default)s)")
+    default = "fused,int4" if torch.cuda.is_available() else "fused,int8,int4,int8 compiled,int4 compiled"
+    parser.add_argument("--runs", default=default, help="beside transformers' own (%(default)s)")
     parser.add_argument("--only", help="cases, with commas (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -114,8 +117,8 @@ def main() -> None:
         if args.only and case not in args.only.split(","):
             continue
         given = torch.stack([ids[i * 97 : i * 97 + prompt] for i in range(batch)])
-        if gpu:  # a graph is made, and code compiled, the first time that a length is seen
-            measure_alternating(models, given, min(new_tokens, 2), 1, settings)
+        # a graph is made, and code compiled, the first time that a size is seen
+        measure_alternating(models, given, min(new_tokens, 2), 1, settings)
         for name, speed in measure_alternating(models, given, new_tokens, args.repeats, settings).items():
             row = {"case": case, "model": name, "rows": batch, "prompt": prompt, "new_tokens": new_tokens}
             row |= {"tok_s": speed.decode_tok_s, "tok_s_fastest_quarter": speed.fastest_quarter_tok_s}

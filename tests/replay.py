@@ -4,12 +4,13 @@ As with a graph, all that Python decided while it was recorded is fixed, results
 and whoever looks at a value raises RuntimeError.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastllm.decode.graph import Steps
 
 LOOKS = {"aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default", "aten.is_nonzero.default"}
 
@@ -42,10 +43,10 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def capture(step: Callable[[], None]) -> Recorder:
+def capture(steps: Steps) -> Recorder:
     """What `fastllm.decode.graph.capture_cuda` does, on a CPU."""
-    step()
+    steps.step()
     recorder = Recorder()
     with recorder:
-        step()
+        steps.step()
     return recorder

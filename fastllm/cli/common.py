@@ -48,6 +48,10 @@ def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise:
     parser.add_argument("--min-coverage", type=float, default=0.5, metavar="SHARE", help=least)
 
 
+def add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kv-cache", choices=("int8", "int4"), help="keep keys and values so; default: as they come")
+
+
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of `args.model`, in evaluation mode on `args.device`. Quantized checkpoints stay packed.
 
@@ -71,8 +75,14 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
         folder = _folder(args.model)
         tokenizer = AutoTokenizer.from_pretrained(folder)  # first: it fails at once
-        model = load_checkpoint(folder, dtype=dtype)
+        given = {"kv_cache": getattr(args, "kv_cache", None), "decode": decode(args)}
+        model = load_checkpoint(folder, dtype=dtype, **given)
     return model.to(device).eval(), tokenizer
+
+
+def decode(args: argparse.Namespace) -> bool | str:
+    """How to decode, in the terms of `fastllm.optimize`."""
+    return "compile" if getattr(args, "compile", False) else True
 
 
 def _folder(name: str) -> Path:
@@ -116,6 +126,8 @@ def optimize(model: Any, args: argparse.Namespace, weights: str, **more: Any) ->
         include=args.include or "*",
         exclude=args.exclude or (),
         min_coverage=args.min_coverage,
+        kv_cache=getattr(args, "kv_cache", None),
+        decode=decode(args),
         keep=False,
         **more,
     )

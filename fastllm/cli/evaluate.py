@@ -12,6 +12,7 @@ HELP = "perplexity of a model on a text"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_weights(parser, None, "default: the model as it is")
+    common.add_kv_cache(parser)
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="default: the beginning of WikiText-2, validation set"
     )
@@ -33,7 +34,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         report = common.optimize(model, args, weights)
         result["report"] = report.to_dict()
         print(report)
-    found = perplexity(model, text, tokenizer, window=args.window, windows=args.windows)
+    found = perplexity(model, text, tokenizer, window=args.window, windows=args.windows, kv_cache=args.kv_cache)
     name = str(args.text) if args.text else "WikiText-2 sample"
     protocol = describe(name, found)
     print(f"perplexity {found.value:.3f} ({found.nll:.4f} nats per token)\nprotocol: {protocol}")

@@ -12,6 +12,8 @@ HELP = "generate text with a model, optimized on the way"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_weights(parser, None, "`none` leaves the model as it is; default: int4, if it is not quantized yet")
+    common.add_kv_cache(parser)
+    parser.add_argument("--compile", action="store_true", help="decode by torch.compile, which takes a while at first")
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--compare", action="store_true", help="run the model as it is first")
@@ -29,6 +31,8 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     weights = None if quantized or args.weights == "none" else args.weights or "int4"
     if weights is None:
         common.refuse_options(args)
+        if not quantized and (args.kv_cache or args.compile):
+            raise ValueError("--kv-cache and --compile need --weights, or a model that is quantized")
     ids = common.encode(tokenizer, args.prompt)
     result: dict[str, Any] = {"model": args.model, "prompt": args.prompt, "prompt_tokens": ids.shape[1], "runs": {}}
     if args.compare:

@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 from transformers.generation import stopping_criteria as hf
 
 from .cache import KVCache
-from .graph import Graphs, run_graph
+from .graph import Compiled, Graphs, capture_cuda, run_graph
 from .loop import State, run
 from .sampling import Sampler
 
@@ -37,11 +37,12 @@ class FastGenerate:
     reasons: why calls went to transformers' own loop, each once, in order; for the report.
     """
 
-    def __init__(self, model: Any, kv_cache: str | None = None):
+    def __init__(self, model: Any, kv_cache: str | None = None, compiled: bool = False):
         """kv_cache: the format of the caches that it makes, None: dense. ValueError if the model cannot have such."""
         self.model, self.kv_cache = model, kv_cache
         self.reasons: list[str] = []
-        self.graphs = Graphs(model, kv_cache)
+        self.compiled = compiled
+        self.graphs = Graphs(model, kv_cache, Compiled if compiled else capture_cuda)
         KVCache(model.config, kv_cache)  # complains of layers that it cannot serve
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +65,7 @@ class FastGenerate:
 
     def replays(self, ids: Tensor) -> bool:
         """Whether steps are to be replayed as a CUDA graph, where that can be."""
-        return ids.is_cuda and len({p.device for p in self.model.parameters()}) == 1
+        return (ids.is_cuda or self.compiled) and len({p.device for p in self.model.parameters()}) == 1
 
     def _note(self, why: str) -> None:
         if why not in self.reasons:
@@ -119,7 +120,8 @@ class FastGenerate:
             pad = None
         extra = {"logits_to_keep": 1} if "logits_to_keep" in inputs else {}
         sampler = Sampler(logits_processor, generation_config.do_sample)
-        if self.replays(input_ids) and not isinstance(cache, KVCache):
+        steps = most - input_ids.shape[1] - 1  # after the prompt
+        if steps and self.replays(input_ids) and not isinstance(cache, KVCache):
             ids = self._replay(input_ids, most, starts, eos, pad, sampler, extra, stops, streamer)
             if ids is not None:
                 return ids.clone()

@@ -37,37 +37,57 @@ class Steps:
         self.cache.advance(length)
         state.accept(self.sampler(logits, state.ids))
 
-    def step(self) -> None:
-        """What the graph holds. All that changes from one step to the next is in tensors that keep their place."""
+    def logits(self) -> Tensor:
+        """Of the newest tokens, [B, V]."""
         state = self.state
-        state.grow()
-        logits = forward(self.model, state.tokens, state.positions, state.mask, self.cache, self.extra)
-        self.cache.advance(1)
-        state.accept(self.sampler(logits, state.ids))
+        return forward(self.model, state.tokens, state.positions, state.mask, self.cache, self.extra)
 
-    def capture(self, capture: Callable[[Callable[[], None]], Replayable]) -> None:
+    def step(self, logits: Callable[[], Tensor] | None = None) -> None:
+        """What the graph holds. All that changes from one step to the next is in tensors that keep their place."""
+        self.state.grow()
+        found = (logits or self.logits)()
+        self.cache.advance(1)
+        self.state.accept(self.sampler(found, self.state.ids))
+
+    def capture(self, capture: Callable[["Steps"], Replayable]) -> None:
         """Make the graph of a step, and leave all as it was before. RuntimeError if a step cannot be captured."""
         tensors = [*self.state.tensors(), self.cache.filled]
         before = [t.clone() for t in tensors]
         try:
-            self.graph = capture(self.step)
+            self.graph = capture(self)
         finally:
             for t, value in zip(tensors, before, strict=True):
                 t.copy_(value)
 
 
-def capture_cuda(step: Callable[[], None]) -> Replayable:
-    """A CUDA graph of `step`, which runs three times before: kernels are compiled, and libraries choose theirs."""
+def capture_cuda(steps: Steps) -> Replayable:
+    """A CUDA graph of a step, which runs three times before: kernels are compiled, and libraries choose theirs."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step()
+            steps.step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        steps.step()
     return graph
+
+
+class Compiled:
+    """A step whose forward pass torch.compile has made: on a CPU, in the place of a graph."""
+
+    def __init__(self, steps: Steps):
+        self.steps = steps
+        # a limit meant for functions that are compiled again and again by mistake; each batch size is a function here
+        with torch._dynamo.config.patch(recompile_limit=64):
+            self.logits = torch.compile(steps.logits, fullgraph=True, dynamic=False)
+            self.logits()
+
+    def replay(self) -> None:
+        # all that it could depend on keeps its place: `Graphs` looks whether the weights do
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
+            self.steps.step(self.logits)
 
 
 def slots_for(tokens: int) -> int:
@@ -100,6 +120,7 @@ class Graphs:
     """
 
     def __init__(self, model: Any, kv_cache: str | None, capture: Callable = capture_cuda):
+        """capture: makes of `Steps` what is replayed: `capture_cuda` or `Compiled`."""
         self.model, self.kv_cache, self.capture = model, kv_cache, capture
         self.kept: dict[tuple, Steps] = {}
         self.place: tuple = ()
@@ -118,10 +139,11 @@ class Graphs:
         extra: dict,
     ) -> Steps | None:
         """Ready for a prompt, ids [B, T]; None if the sampler cannot be in a graph."""
-        how = signature(sampler.processors, sampler.do_sample)
+        how = () if self.capture is Compiled else signature(sampler.processors, sampler.do_sample)
         if how is None:
             return None
-        place = tuple((p.data_ptr(), p.dtype) for p in self.model.parameters())
+        # blocks of oneDNN's have no address that torch tells
+        place = tuple((id(p) if p.is_mkldnn else p.data_ptr(), p.dtype) for p in self.model.parameters())
         if place != self.place:
             self.kept.clear()
             self.place = place
@@ -137,6 +159,7 @@ class Graphs:
                 self.kept.pop(next(iter(self.kept)))
         else:
             steps.state.begin(ids, starts)
+            steps.sampler = sampler
         self.kept[key] = steps
         return steps
 

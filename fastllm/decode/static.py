@@ -31,6 +31,9 @@ class StaticKVLayer(KVLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self._allocate(key_states.shape, value_states.shape, self.slots)
+        if self.device.type == "cpu":
+            for held in self._stored():
+                held.zero_()  # compiled attention multiplies what it does not see by zero, and NaN would stay NaN
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kv_formats import KV_FORMATS, KVFormat
-from .library import define_fused, is_watched
+from .library import define_fused, is_traced, is_watched
 from .norm import FAST, check_norm, cpu_rms, rms
 from .rotary import check_rotary, cpu_rotary, cpu_turn, one_tensor, turn
 
@@ -53,6 +53,8 @@ def append_kv(
     place, first = (slots, 0) if isinstance(slots, Tensor) else (None, slots)
     operands: tuple[Any, ...] = (q, k, v, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale)
     operands += (place, first, block_table, format, eps, cast_first, interleaved)
+    if is_traced(q) and place is not None and place.ndim == 1 and block_table is None:
+        return _traced(*operands)
     if is_watched(q, k, v, q_weight, k_weight):
         return torch.ops.fastllm.append_kv(*operands)
     return _forward(*operands)
@@ -285,6 +287,37 @@ def _define(
         parts = stored(k.detach(), v.detach(), k_cache, v_cache, k_scale, v_scale, format)
         write(parts, slots, first, table)
     return q.clone(memory_format=torch.contiguous_format)
+
+
+def _traced(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    slots: Tensor,
+    first: int,
+    table: None,
+    name: str | None,
+    eps: float,
+    cast_first: bool,
+    interleaved: bool,
+) -> Tensor:
+    """The definition for slots [S] that are all written, without a step that looks at them."""
+    q = q if q_weight is None else rms(q, q_weight, eps, cast_first)
+    k = k if k_weight is None else rms(k, k_weight, eps, cast_first)
+    if cos is not None and sin is not None:
+        q, k = turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
+    format = None if name is None else KV_FORMATS[name]
+    for to, rows in stored(k, v, k_cache, v_cache, k_scale, v_scale, format):
+        to.index_copy_(2, slots.long(), rows)
+    return q.contiguous()
 
 
 def _like(q: Tensor, *_: object) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.decode_config import Problem, about, check
 from ..kv_formats import KV_FORMATS
-from .library import LIBRARY
+from .library import LIBRARY, is_traced
 
 
 def gather(x: Tensor, block_table: Tensor) -> Tensor:
@@ -124,10 +124,24 @@ def decode_attention(
     every time. Not differentiable. ValueError for operands that do not fit. Sources: Dao, "FlashAttention-2", 2023;
     "Flash-Decoding for long-context inference", 2023, for the split over keys; Kwon et al., "PagedAttention", 2023.
     """
+    plain = softcap is None and sinks is None and alibi_slopes is None and mask is None and block_table is None
+    if is_traced(q) and plain and format is None:
+        return _traced(q, k, v, kv_end, kv_start, scale, window)
     rest = (kv_start, k_scale, v_scale, format, block_table, scale, window, softcap, sinks, alibi_slopes, mask)
     if torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._len_torch_dispatch_stack():
         return torch.ops.fastllm.decode_attention(q, k, v, kv_end, *rest)
     return (_on_cuda if q.is_cuda else _on_cpu)(q, k, v, kv_end, *rest)
+
+
+def _traced(
+    q: Tensor, k: Tensor, v: Tensor, kv_end: Tensor, kv_start: Tensor | None, scale: float | None, window: int | None
+) -> Tensor:
+    """Over all slots, of which those that nobody sees must be finite, without a step that looks at a length."""
+    (B, Hq, Sq, D), (Hkv, L) = q.shape, k.shape[1:3]
+    seen, _ = visible(kv_end, kv_start, Sq, L, window)
+    seen = seen.expand(B, Hkv, Hq // Hkv * Sq, L) if Sq == 1 else seen.repeat(1, Hkv, Hq // Hkv, 1)
+    y = scaled_dot_product_attention(q.reshape(B, Hkv, -1, D), k, v, attn_mask=seen, scale=scale)
+    return y.reshape(B, Hq, Sq, v.shape[3])
 
 
 def _on_cuda(q: Tensor, k: Tensor, v: Tensor, kv_end: Tensor, *rest: Any) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .library import define_fused, is_watched
+from .library import define_fused, is_traced, is_watched
 from .norm import FAST
 
 # on the CPU each is an operator or two of torch, in its own dtype
@@ -42,6 +42,8 @@ def gated_activation(x: Tensor, kind: str) -> Tensor:
 
 def gated_activation_pair(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """act(gate) * up [..., I], as `gated_activation`, for tensors that lie apart. ValueError unless they are alike."""
+    if is_traced(gate):
+        return activate(gate, up, kind)
     if is_watched(gate, up):
         return torch.ops.fastllm.gated_activation(gate, up, kind)
     return _forward(gate, up, kind)

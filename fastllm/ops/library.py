@@ -16,6 +16,11 @@ def is_watched(x: Tensor, *others: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in others))
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether torch.compile looks on, on a CPU: it then makes better code of a definition than of an op."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
 def define(name: str, forward: Callable[..., Tensor], grad_x: Callable[..., Tensor], rest: str) -> None:
     """Define `fastllm::name`, differentiable with respect to x and bias, and `fastllm::name_grad_x`.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import define_fused, is_watched
+from .library import define_fused, is_traced, is_watched
 
 FAST = (torch.float32, torch.bfloat16, torch.float16)
 FEW = 8192  # numbers for which one call less is worth a division each
@@ -49,6 +49,8 @@ def rms_norm(
     float32 arithmetic. Differentiable. ValueError for operands that do not fit. Source: Zhang and Sennrich, Root Mean
     Square Layer Normalization (2019).
     """
+    if is_traced(x):
+        return rms(x, weight, eps, cast_first) if residual is None else _add_rms(x, residual, weight, eps, cast_first)
     if residual is not None:
         if is_watched(x, weight, residual):
             return torch.ops.fastllm.add_rms_norm(x, residual, weight, eps, cast_first)
@@ -71,6 +73,8 @@ def norm_add_norm(
 
     What Gemma 2 and 3 do between two sublayers. The first norm, the total and y are each rounded to x's dtype.
     """
+    if is_traced(x):
+        return _rms_add_rms(x, residual, weight_a, weight_b, eps_a, eps_b, cast_first)
     if is_watched(x, residual, weight_a, weight_b):
         return torch.ops.fastllm.norm_add_norm(x, residual, weight_a, weight_b, eps_a, eps_b, cast_first)
     return _norm_add_norm(x, residual, weight_a, weight_b, eps_a, eps_b, cast_first)
@@ -78,6 +82,8 @@ def norm_add_norm(
 
 def norm_add(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, cast_first: bool = False) -> Tensor:
     """residual + rms_norm(x, weight), of x's dtype: `norm_add_norm` without the second norm."""
+    if is_traced(x):
+        return _rms_add(x, residual, weight, eps, cast_first)
     if is_watched(x, residual, weight):
         return torch.ops.fastllm.norm_add(x, residual, weight, eps, cast_first)
     return _norm_add(x, residual, weight, eps, cast_first)

@@ -13,11 +13,14 @@ from .gpu import Planar
 from .int4pack import Int4Pack
 from .int8 import Int8Blocks, Int8Rows
 from .layout import Layout, Prepared, Rest, choose
-from .library import define, is_watched
+from .library import define, is_traced, is_watched
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (Planar(), Int4Pack(), Int8Blocks(), Int8Rows(), Rest())
 }
+
+
+TRACED, TRACED_ROWS = ("int4pack", "int8rows"), 8  # one operator of torch each, for so few rows
 
 
 def choose_layout(
@@ -48,6 +51,8 @@ def quant_matmul(
     rows; on a CPU they are taken one by one.
     Differentiable with respect to x and bias. Source of the format: compressed-tensors, `pack-quantized`.
     """
+    if is_traced(x) and x.shape[:-1].numel() <= TRACED_ROWS and layout in TRACED and not batch_invariant:
+        return _forward(x, w, scale, zero, bias, N, bits, group, layout)
     if is_watched(x, bias):
         return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
     return _forward(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .library import define_fused, is_watched
+from .library import define_fused, is_traced, is_watched
 from .norm import FAST
 
 
@@ -35,6 +35,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     float32 arithmetic, rounded once; on the CPU each of two sums is rounded, which is less often than transformers
     does. Differentiable. ValueError for operands that do not fit. Source: Su et al., RoFormer (2021).
     """
+    if is_traced(q):
+        return turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
     if is_watched(q, k, cos, sin):
         return torch.ops.fastllm.rotary(q, k, cos, sin, interleaved)
     return _forward(q, k, cos, sin, interleaved)

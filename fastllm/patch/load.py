@@ -22,7 +22,7 @@ def load(
     attention: bool = True,
     fuse: bool | str | tuple[str, ...] = True,
     kv_cache: str | None = None,
-    decode: bool = True,
+    decode: bool | str = True,
     **settings: Any,
 ) -> PreTrainedModel:
     """The model of the checkpoint `path`, in evaluation mode, as `from_pretrained` gives it but fast.

@@ -22,13 +22,15 @@ class Speedups:
     """The three, of one model. `undo` takes them away, in whatever state they are."""
 
     def __init__(
-        self, model: Any, attention: bool, fuse: bool | str | tuple[str, ...], kv_cache: str | None, decode: bool
+        self, model: Any, attention: bool, fuse: bool | str | tuple[str, ...], kv_cache: str | None, decode: bool | str
     ):
         """The arguments are those of `optimize`. Raises ValueError for an unknown part to fuse or kind of cache."""
         self.model, self.attention, self.decode, self.kv_cache = model, attention, decode, kv_cache
         self.parts = PARTS if fuse is True else (fuse,) if isinstance(fuse, str) else tuple(fuse or ())
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise ValueError(f"fuse={unknown}: known are {', '.join(PARTS)}, True and False")
+        if decode not in (True, False, "compile"):
+            raise ValueError(f'decode={decode!r}: known are True, False and "compile"')
         if kv_cache is not None:
             KVCache(model.config, kv_cache)
         self.fusions = Fusions()
@@ -88,7 +90,7 @@ class Speedups:
         if model.config.is_encoder_decoder:
             raise _Refused("it has an encoder, whose keys the cache does not hold")
         try:
-            loop = FastGenerate(model, self.kv_cache)
+            loop = FastGenerate(model, self.kv_cache, compiled=self.decode == "compile")
             error = _loop_error(model, ids)
         except ValueError as why:
             raise _Refused(str(why)) from why
@@ -148,6 +150,7 @@ class Speedups:
     def _loop_line(self) -> str:
         assert self.loop is not None
         line = f"fastllm's loop, {self.kv_cache or 'dense'} keys and values"
+        line += ", by torch.compile" if self.loop.compiled else ""
         if self.loop.reasons:
             line += f"; transformers' own ran for {', '.join(self.loop.reasons)}"
         return line
