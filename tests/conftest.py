@@ -1,5 +1,6 @@
 """Ground rules for every test: kernels run anywhere, unwritten memory shows, nothing is fetched."""
 
+import importlib
 import os
 
 import pytest
@@ -18,6 +19,14 @@ def device() -> str:
     """Where the op under test runs. The random seed is fixed."""
     torch.manual_seed(0)
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def opaque(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops stay ops under torch.compile, as they do on a GPU."""
+    for name in ("append_kv", "decode_attention", "gated_activation", "norm", "quant_matmul", "rotary"):
+        monkeypatch.setattr(importlib.import_module(f"fastllm.ops.{name}"), "is_traced", lambda x: False)
+    torch._dynamo.reset()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -45,7 +45,9 @@ class Recorder(TorchDispatchMode):
 
 def capture(steps: Steps) -> Recorder:
     """What `fastllm.decode.graph.capture_cuda` does, on a CPU."""
-    steps.step()
+    for _ in range(3):
+        steps.step()
+        steps.rewind()
     recorder = Recorder()
     with recorder:
         steps.step()

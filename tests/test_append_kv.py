@@ -284,7 +284,7 @@ def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("format", [None, "int8"])
-def test_compiles_whole_and_differentiates(format: str | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_whole_and_differentiates(format: str | None, device: str, monkeypatch: Any, opaque: None) -> None:
     torch._dynamo.reset()
     p = Problem(Case(S=2, normed=True, format=format, slots="row"), device)
     monkeypatch.setitem(RUNS, "compiled", torch.compile(append_kv, fullgraph=True, backend="aot_eager"))

@@ -122,7 +122,7 @@ def test_gathering_follows_the_table() -> None:
     assert rows[0, 1, 5].equal(x[3, 1, 5]) and rows[0, 0, 20].equal(x[0, 0, 4]) and rows[1, 0, 31].equal(x[0, 0, 15])
 
 
-def test_compiles_in_one_graph() -> None:
+def test_compiles_in_one_graph(opaque: None) -> None:
     for case in (Case(Sq=2, dtype=torch.float32), Case(format="int4", page=16, features=("sinks",))):
         p = problem(case)
         compiled = torch.compile(lambda p=p: p.run(decode_attention) * 2, fullgraph=True, backend="aot_eager")

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_whole_and_differentiates(kind: str, device: str) -> None:
+def test_compiles_whole_and_differentiates(kind: str, device: str, opaque: None) -> None:
     torch._dynamo.reset()
     x = torch.randn(3, 2, 64, device=device)
     seen: list[str] = []

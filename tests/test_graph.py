@@ -151,7 +151,33 @@ def test_processors_criteria_and_streamers(as_on_gpu):
     model.generate(ids[:1], streamer=kept, **given)
     assert len(keep.seen) == len(kept.seen) == 8 and keep.seen[-1] == kept.seen[-1] == "end"
     assert all(torch.equal(a, b) for a, b in zip(keep.seen[:-1], kept.seen[:-1], strict=True))
-    assert not loop.reasons  # n-grams are outside of graphs, but inside of the loop
+    assert loop.reasons == ["processors that a graph cannot hold"]  # the loop runs without, step by step
+
+
+def test_a_capture_near_the_last_slot(as_on_gpu):
+    model = build("gpt2", n_positions=257)
+    ids = torch.randint(1, 60, (2, 254), generator=torch.Generator().manual_seed(1))
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, **NO_END}
+    want = model.generate(ids, **settings)
+    fastllm.optimize(model, None, quiet=True)
+    loop = as_on_gpu(model)
+    assert torch.equal(model.generate(ids, **settings), want) and not loop.reasons
+
+
+def test_inference_mode_and_changed_weights(as_on_gpu):
+    model = build("gemma3_text")
+    ids, mask = prompts()
+    settings = {"attention_mask": mask, "max_new_tokens": 12, **NO_END}
+    fastllm.optimize(model, None, quiet=True)
+    loop = as_on_gpu(model)
+    with torch.inference_mode():
+        first = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, **settings), first) and len(loop.graphs.kept) == 1
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.add_(3.0).mul_(-1.5)
+    changed = model.generate(ids, **settings)
+    assert torch.equal(changed, copy_of(model).generate(ids, **settings)) and not torch.equal(changed, first)
 
 
 def test_sampling_in_a_graph_draws_anew(as_on_gpu):

@@ -107,6 +107,50 @@ def launches() -> dict[str, Callable[[], Any]]:
     q8, wf8 = (t.to(torch.float8_e4m3fn) for t in (q, w8))
     found["float8 rows"] = lambda: quantize_rows(x, torch.float8_e4m3fn)
     found["float8 products"] = lambda: scaled_matmul(q8, ones[:5], wf8, ones, None, brain)
+    return found | attention_launches()
+
+
+def attention_launches() -> dict[str, Callable[[], Any]]:
+    """Those of attention, and of what is around it."""
+    import torch
+
+    from fastllm.kernels import decode_attention as decode_module
+    from fastllm.kernels.append_kv import Store, append_kv
+    from fastllm.kernels.decode_attention import decode_attention
+    from fastllm.kernels.flash_attention import flash_attention, flash_attention_varlen
+    from fastllm.kernels.gated_activation import gated_activation
+    from fastllm.kernels.norm import norm
+    from fastllm.kernels.rotary import rotary
+
+    decode_module.uses_ptx = lambda _: True
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    q, k, one = new(1, 32, 256, 128), new(1, 8, 256, 128), new(1, 32, 1, 128)
+    keys, codes = new(1, 8, 4096, 128), new(1, 8, 4096, 128, dtype=torch.int8)
+    scales, end = new(1, 8, 4096, dtype=torch.float32), torch.tensor([3000], dtype=torch.int32)
+    ends, tokens, others = torch.tensor([0, 100, 256], dtype=torch.int32), new(256, 32, 128), new(256, 8, 128)
+    x, w, angles, slot = new(1, 1, 4096), new(4096), new(1, 1, 128), torch.tensor([7])
+    eight = {"format": "int8", "k_scale": scales, "v_scale": scales}
+    stores = {
+        "append": Store(keys, keys, None, None, slot, 0, None, 16),
+        "append int8": Store(codes, codes, scales, scales, slot, 0, None, 8),
+    }
+    found: dict[str, Callable[[], Any]] = {
+        "attention": lambda: flash_attention(q, k, k, causal=True),
+        "attention, window": lambda: flash_attention(q, k, k, causal=True, window=64, softcap=30.0),
+        "attention, sequences": lambda: flash_attention_varlen(tokens, others, others, ends, ends, 156),
+        "decode attention": lambda: decode_attention(one, keys, keys, end),
+        "decode attention, int8": lambda: decode_attention(one, codes, codes, end, **eight),
+        "rms norm": lambda: norm(x, None, None, w, None, None, 1e-6, False, True),
+        "add and norm": lambda: norm(x, x, None, w, None, None, 1e-6, False, True),
+        "rotate": lambda: rotary(one, keys[:, :, :1], angles, angles, False),
+        "gate": lambda: gated_activation(x, x, "silu"),
+    }
+    for name, store in stores.items():
+        own = (one, keys[:, :, :1], keys[:, :, :1], angles, angles, None, None)
+        found[name] = lambda own=own, store=store: append_kv(*own, store, 1e-6, False, False)
     return found
 
 
@@ -152,7 +196,7 @@ def timed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 
 
 def test_every_launcher_reaches_the_driver(timed: dict[str, list[float]]) -> None:
-    assert len(timed) == 16
+    assert len(timed) == 27
     split = {"int8 products": 2, "float8 products": 2}
     assert {name: count for name, (count, *_) in timed.items() if count != 1} == split
 

@@ -208,7 +208,7 @@ def flat(y: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_compiles_whole_and_differentiates(name: str, device: str) -> None:
+def test_compiles_whole_and_differentiates(name: str, device: str, opaque: None) -> None:
     call, seen = CALLS[name], []
 
     def backend(graph: Any, inputs: Any) -> Any:

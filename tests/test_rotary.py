@@ -184,7 +184,7 @@ def test_programs_are_full() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_compiles_whole_and_differentiates(interleaved: bool, device: str) -> None:
+def test_compiles_whole_and_differentiates(interleaved: bool, device: str, opaque: None) -> None:
     q, k = merged(2, 4, 2, 3, 16, device)
     cos, sin = angles(2, 3, 16, interleaved, device)
     seen: list[str] = []

@@ -75,7 +75,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
         folder = _folder(args.model)
         tokenizer = AutoTokenizer.from_pretrained(folder)  # first: it fails at once
-        given = {"kv_cache": getattr(args, "kv_cache", None), "decode": decode(args)}
+        given: dict[str, Any] = {"kv_cache": getattr(args, "kv_cache", None), "decode": decode(args)}
         model = load_checkpoint(folder, dtype=dtype, **given)
     return model.to(device).eval(), tokenizer
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class FastGenerate:
 
     def replays(self, ids: Tensor) -> bool:
         """Whether steps are to be replayed as a CUDA graph, where that can be."""
-        return (ids.is_cuda or self.compiled) and len({p.device for p in self.model.parameters()}) == 1
+        return (ids.is_cuda or self.compiled) and {p.device for p in self.model.parameters()} == {ids.device}
 
     def _note(self, why: str) -> None:
         if why not in self.reasons:
@@ -114,6 +115,7 @@ class FastGenerate:
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **inputs
             )
         most, eos, stops = _sort_criteria(stopping_criteria, input_ids.shape[1])
+        eos = None if eos is None else eos.to(input_ids.device)
         assert starts is not None
         cache, pad = inputs.get("past_key_values"), generation_config._pad_token_tensor
         if not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
@@ -122,9 +124,11 @@ class FastGenerate:
         sampler = Sampler(logits_processor, generation_config.do_sample)
         steps = most - input_ids.shape[1] - 1  # after the prompt
         if steps and self.replays(input_ids) and not isinstance(cache, KVCache):
-            ids = self._replay(input_ids, most, starts, eos, pad, sampler, extra, stops, streamer)
-            if ids is not None:
-                return ids.clone()
+            # what is kept serves calls in inference mode and out of it; kernels go to the current device
+            with torch.inference_mode(False), torch.no_grad(), _current(input_ids.device):
+                ids = self._replay(input_ids, most, starts, eos, pad, sampler, extra, stops, streamer)
+                if ids is not None:
+                    return ids.clone()
         if not isinstance(cache, KVCache):
             cache = KVCache(self.model.config, self.kv_cache, slots=min(most, input_ids.shape[1] + AHEAD))
         for layer in cache.layers:
@@ -149,13 +153,22 @@ class FastGenerate:
             return None
         steps = self.graphs.steps(ids, columns, starts, eos, pad, sampler, extra)
         if steps is None:
+            self._note("processors that a graph cannot hold")
             return None
         try:
             if steps.graph is None:
-                steps.prefill(ids.shape[1])
-                steps.capture(self.graphs.capture)
+                with torch.random.fork_rng([ids.device] if ids.is_cuda else []):  # what follows draws as if it was not
+                    steps.prefill(ids.shape[1])
+                    steps.capture(self.graphs.capture)
                 steps.state.begin(ids, starts)
+                self.graphs.place = self.graphs.where()  # weights may have been merged on the way
+        except torch.OutOfMemoryError:
+            del steps
+            self.graphs.kept.clear()  # caches of other sizes; this call does without
+            torch.cuda.empty_cache()
+            return None
         except RuntimeError as error:
+            self.graphs.kept.clear()
             self._note(NO_GRAPH)
             logger.warning("%s: %s; steps are launched one by one", NO_GRAPH, error)
             return None
@@ -200,6 +213,11 @@ class FastGenerate:
             generation_config=config,
             **inputs,
         )
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:

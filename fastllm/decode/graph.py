@@ -26,6 +26,7 @@ class Steps:
     def __init__(self, model: Any, state: State, cache: StaticKVCache, sampler: Sampler, extra: dict[str, Any]):
         self.model, self.state, self.cache, self.sampler, self.extra = model, state, cache, sampler, extra
         self.graph: Replayable | None = None
+        self.before: list[tuple[Tensor, Tensor]] = []  # while it is captured: what a step changes, and its values
 
     def prefill(self, length: int) -> None:
         """Read the prompt of the state, `length` tokens, and choose the first token."""
@@ -51,13 +52,17 @@ class Steps:
 
     def capture(self, capture: Callable[["Steps"], Replayable]) -> None:
         """Make the graph of a step, and leave all as it was before. RuntimeError if a step cannot be captured."""
-        tensors = [*self.state.tensors(), self.cache.filled]
-        before = [t.clone() for t in tensors]
+        self.before = [(t, t.clone()) for t in (*self.state.tensors(), self.cache.filled)]
         try:
             self.graph = capture(self)
         finally:
-            for t, value in zip(tensors, before, strict=True):
-                t.copy_(value)
+            self.rewind()
+            self.before = []
+
+    def rewind(self) -> None:
+        """As before the capture: steps that only warm up must not run out of slots."""
+        for t, value in self.before:
+            t.copy_(value)
 
 
 def capture_cuda(steps: Steps) -> Replayable:
@@ -67,10 +72,15 @@ def capture_cuda(steps: Steps) -> Replayable:
     with torch.cuda.stream(side):
         for _ in range(3):
             steps.step()
-    torch.cuda.current_stream().wait_stream(side)
+            steps.rewind()
+    current = torch.cuda.current_stream()
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        steps.step()
+    try:
+        with torch.cuda.graph(graph):
+            steps.step()
+    finally:
+        torch.cuda.set_stream(current)  # where a capture fails, torch leaves its stream in place
     return graph
 
 
@@ -125,6 +135,14 @@ class Graphs:
         self.kept: dict[tuple, Steps] = {}
         self.place: tuple = ()
 
+    def where(self) -> tuple:
+        """What changes when a weight is moved, or changed: others may have been made of it."""
+        # blocks of oneDNN's have no address that torch tells, tensors of inference mode no version
+        return tuple(
+            (id(p) if p.is_mkldnn else p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version)
+            for p in self.model.parameters()
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": {}, "place": ()}  # a copied model makes its own
 
@@ -142,9 +160,8 @@ class Graphs:
         how = () if self.capture is Compiled else signature(sampler.processors, sampler.do_sample)
         if how is None:
             return None
-        # blocks of oneDNN's have no address that torch tells
-        place = tuple((id(p) if p.is_mkldnn else p.data_ptr(), p.dtype) for p in self.model.parameters())
-        if place != self.place:
+        sampler.looks = self.capture is Compiled
+        if (place := self.where()) != self.place:
             self.kept.clear()
             self.place = place
         ends = None if eos is None else (tuple(eos.tolist()), None if pad is None else int(pad))

@@ -52,7 +52,7 @@ class State:
         if self.pad is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad)
         if self.eos is not None:
-            self.unfinished.logical_and_(torch.isin(tokens, self.eos, invert=True))
+            self.unfinished.logical_and_((tokens[:, None] != self.eos).all(1))
         self.tokens.copy_(tokens[:, None])
         self.ids.index_copy_(1, self.column, self.tokens)
         self.column.add_(1)

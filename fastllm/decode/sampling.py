@@ -28,6 +28,7 @@ class Sampler:
 
     def __init__(self, processors: Sequence[Any], do_sample: bool):
         self.processors, self.do_sample = list(processors), do_sample
+        self.looks = True  # whether it may look at values: not if a graph is to hold it
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """logits [B, V] of any floating-point type, ids [B, T] -> int64 [B]."""
@@ -36,7 +37,7 @@ class Sampler:
         scores = logits.float()
         for i, processor in enumerate(self.processors):
             rest = self.processors[i + 1 :]
-            if type(processor) is hf.TopKLogitsWarper and self.do_sample and logits.device.type == "cpu":
+            if type(processor) is hf.TopKLogitsWarper and self.do_sample and self.looks and not logits.is_cuda:
                 if all(type(p) in ROWWISE for p in rest):
                     return torch.cat([_among(row, processor.top_k, rest, ids) for row in scores.split(1)])
             scores = processor(ids, scores)

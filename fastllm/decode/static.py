@@ -44,7 +44,8 @@ class StaticKVLayer(KVLayer):
     def append(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        slots = self.filled + torch.arange(k.shape[2], device=k.device)
+        T = k.shape[2]
+        slots = self.filled if T == 1 else self.filled + torch.arange(T, device=k.device)
         cos, sin = options.pop("cos"), options.pop("sin")
         return append_kv(q, k, v, cos, sin, self._keys(), self._values(), slots, **self._scales(), **options)
 

@@ -5,22 +5,38 @@ from collections.abc import Mapping
 import torch
 
 from ..formats import Format, Fp8Format
+from .append_kv import append_kv
+from .attention import attention, attention_varlen
+from .decode_attention import decode_attention
 from .dynamic_matmul import DYNAMIC_LAYOUTS, dynamic_matmul
 from .fp8_matmul import FP8_LAYOUTS
+from .gated_activation import gated_activation
 from .int8_matmul import INT8_LAYOUTS
 from .layout import Layout, choose
+from .norm import layer_norm, norm_add, norm_add_norm, rms_norm
 from .quant_matmul import LAYOUTS, choose_layout, quant_matmul
+from .rotary import rotary
 
 __all__ = [
     "DYNAMIC_LAYOUTS",
     "FP8_LAYOUTS",
     "INT8_LAYOUTS",
     "LAYOUTS",
+    "append_kv",
+    "attention",
+    "attention_varlen",
     "choose_layout",
+    "decode_attention",
     "dynamic_matmul",
+    "gated_activation",
+    "layer_norm",
     "layout_for",
     "layouts_of",
+    "norm_add",
+    "norm_add_norm",
     "quant_matmul",
+    "rms_norm",
+    "rotary",
     "what_runs",
 ]
 

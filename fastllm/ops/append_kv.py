@@ -257,67 +257,36 @@ def write(parts: list[tuple[Tensor, Tensor]], slots: Tensor | None, first: int, 
         to[page, :, at] = rows[row, :, token]
 
 
-def _define(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    slots: Tensor | None,
-    first: int,
-    table: Tensor | None,
-    name: str | None,
-    eps: float,
-    cast_first: bool,
-    interleaved: bool,
-) -> Tensor:
+def _define(*operands: Any) -> Tensor:
     """The definition of the op."""
+    q, k, v, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, first, table, *_ = operands
+    name, eps, cast_first, interleaved = operands[-4:]
     format = None if name is None else KV_FORMATS[name]
-    q = q if q_weight is None else rms(q, q_weight, eps, cast_first)
-    k = k if k_weight is None else rms(k, k_weight, eps, cast_first)
-    if cos is not None and sin is not None:
-        q, k = turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
+    q, k = _heads(q, k, cos, sin, q_weight, k_weight, eps, cast_first, interleaved)
     with torch.no_grad():
         parts = stored(k.detach(), v.detach(), k_cache, v_cache, k_scale, v_scale, format)
         write(parts, slots, first, table)
     return q.clone(memory_format=torch.contiguous_format)
 
 
-def _traced(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    slots: Tensor,
-    first: int,
-    table: None,
-    name: str | None,
-    eps: float,
-    cast_first: bool,
-    interleaved: bool,
-) -> Tensor:
+def _traced(*operands: Any) -> Tensor:
     """The definition for slots [S] that are all written, without a step that looks at them."""
-    q = q if q_weight is None else rms(q, q_weight, eps, cast_first)
-    k = k if k_weight is None else rms(k, k_weight, eps, cast_first)
-    if cos is not None and sin is not None:
-        q, k = turn(q, cos, sin, interleaved), turn(k, cos, sin, interleaved)
+    q, k, v, cos, sin, q_weight, k_weight, k_cache, v_cache, k_scale, v_scale, slots, *_ = operands
+    name, eps, cast_first, interleaved = operands[-4:]
+    q, k = _heads(q, k, cos, sin, q_weight, k_weight, eps, cast_first, interleaved)
     format = None if name is None else KV_FORMATS[name]
     for to, rows in stored(k, v, k_cache, v_cache, k_scale, v_scale, format):
         to.index_copy_(2, slots.long(), rows)
     return q.contiguous()
+
+
+def _heads(
+    q: Tensor, k: Tensor, cos: Any, sin: Any, q_weight: Any, k_weight: Any, eps: float, cast_first: bool, paired: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k, normalized and turned, by definition."""
+    q = q if q_weight is None else rms(q, q_weight, eps, cast_first)
+    k = k if k_weight is None else rms(k, k_weight, eps, cast_first)
+    return (q, k) if cos is None else (turn(q, cos, sin, paired), turn(k, cos, sin, paired))
 
 
 def _like(q: Tensor, *_: object) -> Tensor:

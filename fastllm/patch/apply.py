@@ -73,8 +73,7 @@ def optimize(
     fuse:         True, False, or some of "norm", "mlp", "attention", "layer": modules in a fused form that gives the
                   same answer, projections of one input merged
     kv_cache:     "int8" or "int4": `generate` keeps keys and values so; None: as they come
-    decode:       `generate` runs fastllm's loop where that can do what is asked, transformers' own elsewhere;
-                  "compile": by torch.compile, half a minute at first and again for other batch sizes
+    decode:       `generate` runs fastllm's loop where that can do what is asked; "compile": by torch.compile
     keep:         keep the original modules, so that `restore` is exact; False frees them at the end
     prompt:       token ids [1, T] for the accuracy check; by default 64 random ones
     dry_run:      change nothing, only report

@@ -1,8 +1,8 @@
 """Whether a module is one that can be fused: what it was given and answered, beside what its fused form does."""
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from itertools import permutations
 from typing import Any
 
@@ -119,7 +119,7 @@ def _look_mlp(norms: Norms, module: Any, args: tuple, kwargs: dict, output: Any)
         if why := why_not([layers[gate], layers[up]]):
             raise Unlike(why)
         # two that differ by less than rounding may both be close
-        kind = min(errors, key=errors.__getitem__)
+        kind = _kind(module, errors) or min(errors, key=errors.__getitem__)
         with ExitStack() as failed:
             merged = Merged(module, (gate, up), _others(module, gate, up, down))
             failed.callback(merged.undo)
@@ -131,6 +131,20 @@ def _look_mlp(norms: Norms, module: Any, args: tuple, kwargs: dict, output: Any)
                 return twin
         why = "merged, it gives another answer"
     raise Unlike(why)
+
+
+def _kind(module: nn.Module, among: Iterable[str]) -> str | None:
+    """Which of some activations the module has, as far as it can be called by itself, in float32."""
+    grid = torch.linspace(-6, 6, 97)
+    for act in (*module._modules.values(), *vars(module).values()):
+        if not callable(act) or isinstance(act, (nn.Linear, QuantLinear)):
+            continue
+        with suppress(TypeError, RuntimeError, ValueError):
+            y = act(grid)
+            for kind in among:
+                if isinstance(y, Tensor) and torch.allclose(y, ACTIVATIONS[kind](grid), rtol=0, atol=1e-6):
+                    return kind
+    return None
 
 
 def _others(module: nn.Module, *names: str) -> list[str]:
