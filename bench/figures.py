@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+WHAT = (
+    '`fused` has its weights as they were, `compiled` is `decode="compile"`; first tokens are times until they come, '
+    "after prompts of so many tokens."
+)
 BEGIN, END = "<!-- figures: bench/figures.py writes this part -->", "<!-- /figures -->"
 
 
@@ -30,11 +34,33 @@ def section(path: Path) -> str:
         "`int4` is `int4-g32`, head included; `mixed` is int8 with an `int4-g64` head. "
         f"{result['verdict']}",
     ]
-    generate = path.parent / "generate.md"
+    generate = path.parent / "generate.json"
     if generate.exists():
-        head, table = generate.read_text(encoding="utf-8").strip().split("\n\n")
-        lines += ["", f"{head} ([generate.json]({folder}/generate.json))", "", table]
+        rows = json.loads(generate.read_text(encoding="utf-8"))["rows"]
+        short = {row["model"]: row for row in rows if row["case"] == "decode"}
+        ratio = short["transformers"]["first_s"] / short["int8"]["first_s"]
+        told = f"Short prompts are read more slowly in int8: {ratio:.2f}x at {short['int8']['prompt']} tokens."
+        lines += ["", *whole(rows), ""]
+        lines += [f"All of them in turns in one process ([generate.md]({folder}/generate.md)). {WHAT} {told}"]
     return "\n".join(lines)
+
+
+def whole(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each model, beside transformers' own: tokens per second of one row and of eight, first tokens."""
+    of = {(row["case"], row["model"]): row for row in rows}
+    lines = [
+        "| `model.generate` | tokens/s | tokens/s, 8 rows | first of 512 | first of 4096 |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        cells = [name]
+        for case, key in (("decode", "tok_s"), ("batch", "tok_s"), ("prefill", "first_s"), ("long", "first_s")):
+            mine, base = of[case, name][key], of[case, "transformers"][key]
+            ratio = mine / base if key == "tok_s" else base / mine
+            told = f"{mine:.1f}" if key == "tok_s" else f"{mine:.2f} s"
+            cells.append(told if name == "transformers" else f"{told} ({ratio:.2f}x)")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def row(name: str, run: dict[str, Any], dense: dict[str, Any]) -> str:

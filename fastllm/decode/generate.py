@@ -19,7 +19,7 @@ from .sampling import Sampler
 logger = logging.getLogger("fastllm")
 
 AHEAD = 1024  # tokens beyond the prompt that a cache has room for at once; an answer may end long before its limit
-NO_GRAPH = "a step that cannot be captured in a CUDA graph"
+NO_GRAPH, OUTSIDE = "a step that cannot be captured in a CUDA graph", "processors that a graph cannot hold"
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 # What starts in another way than sampling and beam search do, or needs more than they are given.
@@ -35,7 +35,7 @@ class _OtherMode(Exception):
 class FastGenerate:
     """Stands in for the `generate` of one model.
 
-    reasons: why calls went to transformers' own loop, each once, in order; for the report.
+    reasons: why calls went to transformers' own loop or, NO_GRAPH and OUTSIDE, without a graph; each once, in order.
     """
 
     def __init__(self, model: Any, kv_cache: str | None = None, compiled: bool = False):
@@ -153,7 +153,7 @@ class FastGenerate:
             return None
         steps = self.graphs.steps(ids, columns, starts, eos, pad, sampler, extra)
         if steps is None:
-            self._note("processors that a graph cannot hold")
+            self._note(OUTSIDE)
             return None
         try:
             if steps.graph is None:

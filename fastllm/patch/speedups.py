@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decode.cache import KVCache, windows
-from ..decode.generate import FastGenerate
+from ..decode.generate import NO_GRAPH, OUTSIDE, FastGenerate
 from ..decode.loop import forward
 from ..nn.fused import FusedAttention
 from ..probe import outputs
@@ -152,8 +152,11 @@ class Speedups:
         assert self.loop is not None
         line = f"fastllm's loop, {self.kv_cache or 'dense'} keys and values"
         line += ", by torch.compile" if self.loop.compiled else ""
-        if self.loop.reasons:
-            line += f"; transformers' own ran for {', '.join(self.loop.reasons)}"
+        stepped = [why for why in self.loop.reasons if why in (NO_GRAPH, OUTSIDE)]
+        if others := [why for why in self.loop.reasons if why not in stepped]:
+            line += f"; transformers' own ran for {', '.join(others)}"
+        if stepped:
+            line += f"; without a graph for {', '.join(stepped)}"
         return line
 
 
