@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from close import assert_close
+from close import BOUNDS, assert_close
 
 import fastllm
 from fastllm.decode.generate import NO_GRAPH
@@ -94,7 +94,6 @@ def test_what_it_cannot_look_into_stays_an_op():
         ("llama", {}, {}),
         ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}, {}),
         ("qwen3", {}, {"kv_cache": "int8"}),
-        ("llama", {}, {"weights": "int4-g32"}),
     ],
 )
 def test_compiled_decoding_gives_the_tokens_of_the_loop(family, settings, optimized):
@@ -119,6 +118,20 @@ def test_compiled_decoding_gives_the_tokens_of_the_loop(family, settings, optimi
     assert torch.equal(got, want)
     if not optimized:
         assert torch.equal(got, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int4-g32", "int8"])
+def test_compiled_packed_layers_give_the_logits_of_the_loop(weights):
+    """Products in bfloat16: tokens may differ, logits only by as much as it rounds."""
+    model = tiny.build("llama", dtype=torch.float32, eos_token_id=None)
+    loop = fastllm.optimize(model, weights, decode="compile", quiet=True).speedups.loop
+    ids = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(3))
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **NO_END)
+    steps = next(iter(loop.graphs.kept.values()))
+    with torch.no_grad():
+        steps.state.grow()
+        assert_close(steps.graph.logits(), steps.logits().double(), *BOUNDS[torch.bfloat16], dtype=torch.float32)
 
 
 def test_one_token_compiles_nothing():

@@ -20,7 +20,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-TRACED, TRACED_ROWS = ("int4pack", "int8rows"), 8  # one operator of torch each, for so few rows
+TRACED, TRACED_ROWS = ("int4pack", "int8rows"), 8  # one operator of torch each, for so few rows in bfloat16
 
 
 def choose_layout(
@@ -51,8 +51,9 @@ def quant_matmul(
     rows; on a CPU they are taken one by one.
     Differentiable with respect to x and bias. Source of the format: compressed-tensors, `pack-quantized`.
     """
-    if is_traced(x) and x.shape[:-1].numel() <= TRACED_ROWS and layout in TRACED and not batch_invariant:
-        return _forward(x, w, scale, zero, bias, N, bits, group, layout)
+    if is_traced(x) and x.dtype == torch.bfloat16 and layout in TRACED and not batch_invariant:
+        if x.shape[:-1].numel() <= TRACED_ROWS:
+            return _forward(x, w, scale, zero, bias, N, bits, group, layout)
     if is_watched(x, bias):
         return torch.ops.fastllm.quant_matmul(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
     return _forward(x, w, scale, zero, bias, N, bits, group, layout, batch_invariant)
