@@ -1,14 +1,13 @@
 """Compiling the kernels of `quant_matmul` for GPUs that are not here: triton carries all it needs to build for one."""
 
 import re
-import subprocess
 from collections.abc import Iterator
 from itertools import product
 from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sass import longest_loop, overwritten
+from sass import dump_of, longest_loop, overwritten, resources
 
 CAPABILITIES = (80, 90, 100)
 AMD = 942  # gfx942
@@ -129,16 +128,12 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     built = triton.compile(source, target=target, options=options)
     if build.target == AMD:
         return amd_stats(built)
-    cubin = scratch / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dump = dump_of(built, scratch)
     ttgir, ptx, loop = built.asm["ttgir"], built.asm["ptx"], longest_loop(dump)
     found = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
     return Stats(
         shared=built.metadata.shared,
-        registers=int(re.findall(r"REG:(\d+)", dump)[-1]),
-        stack=int(re.findall(r"STACK:(\d+)", dump)[-1]) + int(re.findall(r"LOCAL:(\d+)", dump)[-1]),
+        **resources(dump),
         tensor_cores=found[0] if found else "",
         weights_in_registers=all("dot_op" in line for line in re.findall(r".*warp_group_dot %.*", ttgir)),
         stores_in_loop=sum(" STS" in line for line in loop),

@@ -1,11 +1,30 @@
 """Reading NVIDIA's machine code, as `cuobjdump -sass` prints it."""
 
 import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # what writes no register of a thread
 SILENT = ("ST", "RED", "BAR", "BRA", "EXIT", "LDGSTS", "LDGDEPBAR", "DEPBAR", "U", "ISETP", "FSETP", "HSETP", "DSETP",
           "PLOP3", "NOP", "MEMBAR", "BSSY", "BSYNC", "R2UR", "WARPSYNC", "WARPGROUP", "FENCE", "CCTL")  # fmt: skip
+
+
+def dump_of(built: Any, scratch: Path) -> str:
+    """The machine code and the resources of what triton compiled, as the cuobjdump of its wheel prints them."""
+    import triton
+
+    cubin = scratch / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(dump: str) -> dict[str, int]:
+    """Registers of a thread, and its bytes on the stack and in local memory."""
+    stack, local = (int(re.findall(rf"{name}:(\d+)", dump)[-1]) for name in ("STACK", "LOCAL"))
+    return {"registers": int(re.findall(r"REG:(\d+)", dump)[-1]), "stack": stack + local}
 
 
 def lines_of(sass: str) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from offline import SHARED
-from sass import lines_of, longest_loop, loops, overwritten
+from sass import dump_of, lines_of, longest_loop, loops, overwritten, resources
 
 # Bytes that may be spilled, and the share of a loop's instructions that may look at them. What assemblers before CUDA
 # 13 make of sm_90 spills nothing for plain attention of 64 and 128 columns; later ones keep less in registers.
@@ -154,18 +154,12 @@ def compile_one(build: Build, scratch: Path) -> Stats:
 
 
 def measured(built: Any, scratch: Path) -> Stats:
-    import triton
-
-    cubin = scratch / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dump = dump_of(built, scratch)
     ttgir, ptx, loop = built.asm["ttgir"], built.asm["ptx"], main_loop(dump)
     found = [name for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if name in ptx]
     return Stats(
         shared=built.metadata.shared,
-        registers=int(re.findall(r"REG:(\d+)", dump)[-1]),
-        stack=int(re.findall(r"STACK:(\d+)", dump)[-1]) + int(re.findall(r"LOCAL:(\d+)", dump)[-1]),
+        **resources(dump),
         tensor_cores=found[0] if found else "",
         # the left operand of a product whose sums go on is P
         weights_in_registers="warp_group_dot" in ttgir and "opIdx = 0" in ttgir,

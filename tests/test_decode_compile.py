@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 from offline import CAPABILITIES, SHARED
-from sass import lines_of, loops
+from sass import dump_of, lines_of, loops, resources
 
 REGISTERS = 65536  # of a multiprocessor
 RESERVED = 1024  # bytes of shared memory that a program has beside its own
@@ -160,10 +160,7 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     _, BLOCK_N, _, num_warps, num_stages = build.tile
     options = {"num_warps": num_warps, "num_stages": num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
-    cubin = scratch / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dump = dump_of(built, scratch)
     lines, ptx = lines_of(dump), built.asm["ptx"]
     bodies = [[text for _, text in lines[start : end + 1]] for start, end in loops(lines)]
     product = re.compile(r" FFMA" if build.dtype == "fp32" else r" (HMMA|HGMMA|UTC\w*MMA)")
@@ -171,8 +168,7 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     scales = {16: 0, 8: 8, 4: build.D // 4}[build.bits]
     return Stats(
         shared=built.metadata.shared,
-        registers=int(re.findall(r"REG:(\d+)", dump)[-1]),
-        stack=int(re.findall(r"STACK:(\d+)", dump)[-1]) + int(re.findall(r"LOCAL:(\d+)", dump)[-1]),
+        **resources(dump),
         tensor_cores=len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
         async_loads=len(re.findall(r"cp\.async\.cg.* 0x10", ptx)),
         converted=sum(" I2F" in text for text in loop),

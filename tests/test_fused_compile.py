@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from sass import dump_of, resources
 
 HERE = Path(__file__)
 ODD = ("odd", "interleaved")  # words in the names of cases whose reads cannot all be of 16 bytes
@@ -106,17 +107,14 @@ def complaints(name: str, stats: Stats) -> list[str]:
     return found
 
 
-def stats_of(built: Any, cuobjdump: str, scratch: Path) -> Stats:
-    cubin = scratch / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    dump = subprocess.run([cuobjdump, "-sass", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+def stats_of(built: Any, scratch: Path) -> Stats:
+    dump = dump_of(built, scratch)
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, dump))
 
     return Stats(
-        registers=int(re.findall(r"REG:(\d+)", dump)[-1]),
-        stack=int(re.findall(r"STACK:(\d+)", dump)[-1]) + int(re.findall(r"LOCAL:(\d+)", dump)[-1]),
+        **resources(dump),
         shared=built.metadata.shared,
         wide=count(r"\bLDG\.E\S*\.128"),
         wide_stores=count(r"\bSTG\.E\S*\.128"),
@@ -129,7 +127,6 @@ def stats_of(built: Any, cuobjdump: str, scratch: Path) -> Stats:
 def main(capability: int, scratch: Path) -> None:
     """Launch every case on a GPU that is not there and print {name: stats}. In a process that interprets nothing."""
     import torch
-    import triton
     from test_launch import Driver, Launcher, plain
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -159,7 +156,7 @@ def main(capability: int, scratch: Path) -> None:
         assert len(built) == 1, f"{name}: {len(built)} launches"
         first, *again = plain(Launcher.launched)
         assert again == [first, first], f"{name}: launched {again} after {first}"
-        found[name] = stats_of(built[0], triton.knobs.nvidia.cuobjdump.path, scratch)
+        found[name] = stats_of(built[0], scratch)
     print(json.dumps(found))
 
 

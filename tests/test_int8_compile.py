@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from offline import SHARED
+from sass import dump_of, resources
 
 TARGETS = ((80, "i8"), (90, "i8"), (90, "fp8e4nv"))  # sm_80 has no tensor cores for float8
 
@@ -96,7 +97,7 @@ BAD = [
 ]
 
 
-def compile_one(build: Build, cuobjdump: str, scratch: Path) -> Stats:
+def compile_one(build: Build, scratch: Path) -> Stats:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -133,14 +134,11 @@ def compile_one(build: Build, cuobjdump: str, scratch: Path) -> Stats:
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
-    cubin = scratch / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    dump = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    dump = dump_of(built, scratch)
     ptx = built.asm["ptx"]
     return Stats(
         shared=built.metadata.shared,
-        registers=int(re.findall(r"REG:(\d+)", dump)[-1]),
-        stack=int(re.findall(r"STACK:(\d+)", dump)[-1]) + int(re.findall(r"LOCAL:(\d+)", dump)[-1]),
+        **resources(dump),
         wgmma=len(re.findall(r"wgmma\.mma_async.*\." + ("f32.e4m3.e4m3" if floats else "s32.s8.s8"), ptx)),
         mma=len(re.findall(r"mma\.sync.*\.s32\.s8\.s8\.s32", ptx)),
         async_loads=len(re.findall(r"cp\.async\.cg.* 0x10", ptx)),
@@ -150,10 +148,9 @@ def compile_one(build: Build, cuobjdump: str, scratch: Path) -> Stats:
 
 def main(scratch: Path) -> None:
     """Compile and print one JSON object a line. A process of its own: the tests' own process interprets kernels."""
-    import triton
 
     for build in [*builds(), *(build for _, build in BAD)]:
-        print(json.dumps([build, compile_one(build, triton.knobs.nvidia.cuobjdump.path, scratch)]), flush=True)
+        print(json.dumps([build, compile_one(build, scratch)]), flush=True)
 
 
 @pytest.fixture(scope="module")
