@@ -84,3 +84,10 @@ class Int4KV:
 
 KVFormat = Int8KV | Int4KV
 KV_FORMATS: dict[str, KVFormat] = {format.name: format for format in (Int8KV(), Int4KV())}
+
+
+def kv_format(name: str | None) -> KVFormat | None:
+    """The format called `name`; None stands for dense rows. Raises ValueError for an unknown one."""
+    if name not in (None, *KV_FORMATS):
+        raise ValueError(f"kv_cache={name!r} is not one of {', '.join(map(repr, KV_FORMATS))} or None")
+    return None if name is None else KV_FORMATS[name]

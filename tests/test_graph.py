@@ -7,12 +7,11 @@ import replay
 import tiny
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation import logits_process as hf
+from transformers import StoppingCriteria
 
 import fastllm
 from fastllm.decode import generate as generate_module
-from fastllm.decode.graph import KEPT, SLOTS, Graphs, run_graph, signature, slots_for
+from fastllm.decode.graph import KEPT, Graphs, run_graph
 from fastllm.decode.sampling import Sampler
 
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -221,21 +220,39 @@ def test_graphs_are_kept_and_dropped(as_on_gpu):
     assert len(loop.graphs.kept) == 1  # the others would read the old weights
 
 
-def test_slots_and_signatures():
-    assert [slots_for(n) for n in (1, 256, 257, 131072, 131073)] == [256, 256, 512, 131072, 262144]
-    assert list(SLOTS) == sorted(SLOTS)
-    greedy = signature([], False)
-    assert greedy is not None and greedy != signature([], True)
-    hot, cold = (signature([hf.TemperatureLogitsWarper(t)], True) for t in (1.5, 0.5))
-    assert hot != cold and hot == signature([hf.TemperatureLogitsWarper(1.5)], True)
-    assert signature([hf.RepetitionPenaltyLogitsProcessor(1.1)], False) is not None
-    assert signature([hf.RepetitionPenaltyLogitsProcessor(1.1, prompt_ignore_length=3)], False) is None
-    assert signature([hf.NoRepeatNGramLogitsProcessor(2)], False) is None
+def test_graphs_are_dropped_by_the_size_of_their_caches(as_on_gpu, monkeypatch):
+    model = build("llama")
+    fastllm.optimize(model, None, quiet=True)
+    loop = as_on_gpu(model)
+    ids = prompts()[0] + 1
+    ask = {"max_new_tokens": 4, **NO_END}
+    model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), **ask)
+    (first,) = loop.graphs.kept.values()
+    monkeypatch.setattr("fastllm.decode.graph.KEPT_BYTES", 3 * first.cache.nbytes)
+    model.generate(ids[:2], attention_mask=torch.ones_like(ids[:2]), **ask)
+    assert len(loop.graphs.kept) == 2 and first in loop.graphs.kept.values()
+    model.generate(ids[:4], attention_mask=torch.ones_like(ids[:4]), **ask)  # alone is more, and stays
+    (last,) = loop.graphs.kept.values()
+    assert len(last.state.ids) == 4
 
-    class Own(LogitsProcessor):
-        pass
 
-    assert signature([Own()], False) is None
+def test_a_graph_in_use_serves_no_other_call(as_on_gpu):
+    model = build("llama")
+    ids, mask = prompts()
+    settings = {"attention_mask": mask, "max_new_tokens": 6, **NO_END}
+    fastllm.optimize(model, None, quiet=True)
+    loop = as_on_gpu(model)
+    want = model.generate(ids, **settings)
+    inner = []
+
+    class Nested(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            inner.append(model.generate(ids, **settings))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    assert torch.equal(model.generate(ids, stopping_criteria=[Nested()], **settings), want)
+    assert len(inner) == 6 and all(torch.equal(tokens, want) for tokens in inner)
+    assert not loop.graphs.busy.locked() and not loop.reasons
 
 
 def test_a_watch_tells_a_block_late():

@@ -151,10 +151,12 @@ def test_what_is_unknown_is_refused_before_anything_is_done(given, message, tmp_
         with pytest.raises(ValueError, match=message):
             fastllm.optimize(model, "int8", dry_run=dry_run, **given, **QUIET)
     assert not traces(model) and not is_patched(model)
+    model.save_pretrained(tmp_path / "dense")
     fastllm.optimize(model, "int8", **QUIET)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        fastllm.load(tmp_path, **given)
+    model.save_pretrained(tmp_path / "packed")
+    for folder in ("dense", "packed", "missing"):
+        with pytest.raises(ValueError, match=message):
+            fastllm.load(tmp_path / folder, **given)
 
 
 def test_a_cache_that_cannot_hold_the_heads_is_refused():

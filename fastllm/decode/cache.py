@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..kernels.decode_config import MOST_QUERIES
-from ..kv_formats import KV_FORMATS, KVFormat
+from ..kv_formats import KVFormat, kv_format
 from ..ops.append_kv import append_kv
 from ..ops.attention import attention
 from ..ops.decode_attention import decode_attention
@@ -257,9 +257,7 @@ class KVCache(Cache):
 
         Raises ValueError for an unknown format, and for a model that has layers of another kind.
         """
-        if format not in (None, *KV_FORMATS):
-            raise ValueError(f"kv_cache={format!r} is not one of {', '.join(map(repr, KV_FORMATS))} or None")
-        self.format = None if format is None else KV_FORMATS[format]
+        self.format = kv_format(format)
         if self.format is not None and (why := self.format.reasons(head_dim(config))):
             raise ValueError(f"kv_cache={format!r}: {', '.join(why)}")
         super().__init__(layers=[KVLayer(self.format, window, slots) for window in windows(config)])

@@ -127,8 +127,8 @@ class FastGenerate:
             # what is kept serves calls in inference mode and out of it; kernels go to the current device
             with torch.inference_mode(False), torch.no_grad(), _current(input_ids.device):
                 ids = self._replay(input_ids, most, starts, eos, pad, sampler, extra, stops, streamer)
-                if ids is not None:
-                    return ids.clone()
+            if ids is not None:
+                return ids
         if not isinstance(cache, KVCache):
             cache = KVCache(self.model.config, self.kv_cache, slots=min(most, input_ids.shape[1] + AHEAD))
         for layer in cache.layers:
@@ -148,31 +148,35 @@ class FastGenerate:
         stops: list[Any],
         streamer: Any,
     ) -> Tensor | None:
-        """The tokens, by a CUDA graph; None, once and for all, for a model of which there can be none."""
-        if NO_GRAPH in self.reasons:
-            return None
-        steps = self.graphs.steps(ids, columns, starts, eos, pad, sampler, extra)
-        if steps is None:
-            self._note(OUTSIDE)
+        """The tokens, by a CUDA graph; None while another call uses it, and where there can be none."""
+        if NO_GRAPH in self.reasons or not self.graphs.busy.acquire(blocking=False):
             return None
         try:
+            steps = self.graphs.steps(ids, columns, starts, eos, pad, sampler, extra)
+            if steps is None:
+                self._note(OUTSIDE)
+                return None
             if steps.graph is None:
                 with torch.random.fork_rng([ids.device] if ids.is_cuda else []):  # what follows draws as if it was not
                     steps.prefill(ids.shape[1])
                     steps.capture(self.graphs.capture)
+                self.graphs.make_room()
                 steps.state.begin(ids, starts)
                 self.graphs.place = self.graphs.where()  # weights may have been merged on the way
         except torch.OutOfMemoryError:
-            del steps
+            steps = None
             self.graphs.kept.clear()  # caches of other sizes; this call does without
             torch.cuda.empty_cache()
-            return None
         except RuntimeError as error:
+            steps = None
             self.graphs.kept.clear()
             self._note(NO_GRAPH)
             logger.warning("%s: %s; steps are launched one by one", NO_GRAPH, error)
-            return None
-        return run_graph(steps, ids.shape[1], columns, stops, streamer)
+        else:
+            return run_graph(steps, ids.shape[1], columns, stops, streamer).clone()
+        finally:
+            self.graphs.busy.release()
+        return None
 
     def _why_not_prepared(
         self, config: Any, input_ids: Tensor, starts: Tensor | None, inputs: dict[str, Any], streamer: Any

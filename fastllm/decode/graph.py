@@ -1,6 +1,7 @@
 """A decoding step as a CUDA graph: from embedding to next token in one launch."""
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from .static import StaticKVCache
 
 SLOTS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # a graph serves all lengths up to one of them
 BLOCK = 8  # steps that are launched before one looks whether all rows have ended
-KEPT = 4  # graphs of a model that are kept, with their caches
+KEPT, KEPT_BYTES = 4, 1 << 32  # graphs of a model that are kept, and their caches; the newest whatever its size
 
 
 class Replayable(Protocol):
@@ -134,6 +135,7 @@ class Graphs:
         self.model, self.kv_cache, self.capture = model, kv_cache, capture
         self.kept: dict[tuple, Steps] = {}
         self.place: tuple = ()
+        self.busy = Lock()  # held while a graph is in use: its tensors serve one call at a time
 
     def where(self) -> tuple:
         """What changes when a weight is moved, or changed: others may have been made of it."""
@@ -144,7 +146,16 @@ class Graphs:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": {}, "place": ()}  # a copied model makes its own
+        """A copied model makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("kept", "place", "busy")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, kept={}, place=(), busy=Lock())
+
+    def make_room(self) -> None:
+        """Let go of the caches that are too much."""
+        while len(self.kept) > 1 and sum(steps.cache.nbytes for steps in self.kept.values()) > KEPT_BYTES:
+            self.kept.pop(next(iter(self.kept)))
 
     def steps(
         self,

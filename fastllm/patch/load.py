@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .. import checkpoints
+from ..kv_formats import kv_format
 from ..nn import QuantLinear
 from ..ops import layouts_of
 from ..probe import outputs, probe, reads_tokens
@@ -13,7 +14,7 @@ from .accuracy import agreement
 from .apply import Patch
 from .plan import as_it_is
 from .report import Report, memory
-from .speedups import CHECKED, Speedups
+from .speedups import CHECKED, Speedups, parts_to_fuse
 
 
 def load(
@@ -40,6 +41,8 @@ def load(
     Raises FileNotFoundError, ImportError where `gguf` is missing, or ValueError (CheckpointError is one) naming the
     layer or file, the numbers and what to do.
     """
+    parts_to_fuse(fuse, decode)
+    kv_format(kv_cache)  # complains before anything is read
     model: Any = checkpoints.load(path, **settings)
     text = model.config.get_text_config()
     packed = any(isinstance(module, QuantLinear) for module in model.modules())

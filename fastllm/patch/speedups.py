@@ -18,19 +18,25 @@ WORST = 0.2  # of the root mean square of the logits: what rounding does to tiny
 CHECKED = 16  # tokens for which answers are compared, a dozen times
 
 
+def parts_to_fuse(fuse: bool | str | tuple[str, ...], decode: bool | str) -> tuple[str, ...]:
+    """What `fuse` stands for. Raises ValueError for an unknown part, and for an unknown way to decode."""
+    parts = PARTS if fuse is True else (fuse,) if isinstance(fuse, str) else tuple(fuse or ())
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ValueError(f"fuse={unknown}: known are {', '.join(PARTS)}, True and False")
+    if decode not in (True, False, "compile"):
+        raise ValueError(f'decode={decode!r}: known are True, False and "compile"')
+    return parts
+
+
 class Speedups:
     """The three, of one model. `undo` takes them away, in whatever state they are."""
 
     def __init__(
         self, model: Any, attention: bool, fuse: bool | str | tuple[str, ...], kv_cache: str | None, decode: bool | str
     ):
-        """The arguments are those of `optimize`. Raises ValueError for an unknown part to fuse or kind of cache."""
+        """The arguments are those of `optimize`. Raises ValueError as `parts_to_fuse` and `KVCache` do."""
         self.model, self.attention, self.decode, self.kv_cache = model, attention, decode, kv_cache
-        self.parts = PARTS if fuse is True else (fuse,) if isinstance(fuse, str) else tuple(fuse or ())
-        if unknown := sorted(set(self.parts) - set(PARTS)):
-            raise ValueError(f"fuse={unknown}: known are {', '.join(PARTS)}, True and False")
-        if decode not in (True, False, "compile"):
-            raise ValueError(f'decode={decode!r}: known are True, False and "compile"')
+        self.parts = parts_to_fuse(fuse, decode)
         if kv_cache is not None:
             KVCache(model.config, kv_cache)
         self.fusions = Fusions()
@@ -41,6 +47,10 @@ class Speedups:
     def apply(self, ids: Tensor) -> None:
         """Do what was asked for, as far as the model gives the same answer to the first of ids [1, T]."""
         ids = ids[:, :CHECKED]
+        if self.decode and ids.is_cuda:
+            from ..kernels.tickets import take_tickets  # needs Triton
+
+            take_tickets(1, ids.device)  # ahead of any capture, transformers' own as well: none could be made then
         if self.attention:
             self._try("attention", lambda: self._set_attention(ids))
         if self.parts:
