@@ -14,7 +14,8 @@ from close import assert_close
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastllm.ops.attention import BLOCK, attention, attention_varlen
+from fastllm.ops.attention import attention, attention_varlen
+from fastllm.ops.attention_cpu import BLOCK
 from fastllm.ops.attention_reference import reference, reference_varlen, reference_with_lse
 
 HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16

@@ -1,19 +1,18 @@
 """The ops `fastllm::attention` and `fastllm::attention_varlen`; `attention_reference.reference` defines them.
 
-On CUDA the Triton kernel runs, on a CPU torch's scaled_dot_product_attention, on the keys that queries can see.
+On CUDA the Triton kernel runs, on a CPU what `attention_cpu` has.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.attention_config import check_features, check_mask, check_ranges, check_shapes
+from .attention_cpu import Features, on_cpu
 from .attention_reference import reference, reference_varlen
 from .library import LIBRARY, is_watched
-
-BLOCK = 128  # queries at a time where each sees its own keys, on a CPU: the fastest at windows of 256 and 512
 
 
 def attention(
@@ -101,18 +100,6 @@ def _differentiable(
     return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
 
 
-class _Features(NamedTuple):
-    """Of one problem on a CPU, in which all queries have the same keys; slopes and mask are [B or 1, Hq, ...]."""
-
-    causal: bool
-    scale: float | None
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    slopes: Tensor | None
-    mask: Tensor | None
-
-
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -156,8 +143,8 @@ def _attention(
         keys = slice(starts[rows.start or 0], ends[rows.start or 0])
         own = None if slopes is None else slopes[rows]
         part = None if mask is None else mask[rows, :, :, keys]
-        features = _Features(causal, scale, window, softcap, sinks, own, part)
-        _on_cpu(q[rows], k[rows, :, keys], v[rows, :, keys], features, out[rows])
+        features = Features(causal, scale, window, softcap, sinks, own, part)
+        on_cpu(q[rows], k[rows, :, keys], v[rows, :, keys], features, out[rows])
     return out
 
 
@@ -191,70 +178,9 @@ def _attention_varlen(
     bounds = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
     for n, ((q0, k0), (q1, k1)) in enumerate(zip(bounds, bounds[1:], strict=False)):
         own = None if slopes is None else slopes[n : n + 1]
-        features = _Features(causal, scale, window, softcap, sinks, own, None)
-        _on_cpu(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], features, out[:, :, q0:q1])
+        features = Features(causal, scale, window, softcap, sinks, own, None)
+        on_cpu(q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], features, out[:, :, q0:q1])
     return out[0].transpose(0, 1)
-
-
-def _on_cpu(q: Tensor, k: Tensor, v: Tensor, f: _Features, out: Tensor) -> None:
-    """Attention to all of k, query i at position i + Sk - Sq, into `out`."""
-    Sq, Sk = q.shape[2], k.shape[2]
-    shift = Sk - Sq
-    # queries before the first that sees a key
-    blind = -shift if f.causal else 1 - f.window - shift if f.window is not None else 0
-    blind = Sq if not Sk else min(max(blind, 0), Sq)
-    out[:, :, :blind] = 0
-    square = f.causal and Sq - blind == Sk or not f.causal
-    if square and f.window is None and f.softcap is None and f.slopes is None and f.mask is None:
-        if blind < Sq:
-            out[:, :, blind:] = _product(q[:, :, blind:], k, v, f, None, f.causal)
-        return
-    for first in range(blind, Sq, BLOCK):
-        rows = slice(first, min(first + BLOCK, Sq))
-        low, high = 0, rows.stop + shift if f.causal else Sk
-        if f.window is not None:
-            low = max(0, first + shift - f.window + 1)
-            high = min(high, rows.stop - 1 + shift + f.window)
-        keys = slice(low, high)
-        bias = _bias(f, torch.arange(rows.start, rows.stop) + shift, torch.arange(low, high), rows, keys, q.dtype)
-        out[:, :, rows] = _product(q[:, :, rows], k[:, :, keys], v[:, :, keys], f, bias, False)
-
-
-def _bias(f: _Features, p: Tensor, j: Tensor, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor | None:
-    """What torch is to be told of queries at positions p and keys j: a bool mask, or what to add to their scores."""
-    distance = j - p[:, None]
-    seen = distance <= 0 if f.causal else None
-    if f.window is not None:
-        near = (distance > -f.window) & (distance < f.window)
-        seen = near if seen is None else seen & near
-    if f.mask is not None:
-        part = f.mask[:, :, rows, keys]
-        visible = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min
-        seen = visible if seen is None else seen & visible
-    if f.slopes is None and (f.mask is None or f.mask.dtype == torch.bool):
-        return seen
-    bias = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    if f.slopes is not None:
-        bias = bias + f.slopes.to(bias.dtype)[:, :, None, None] * distance
-    if f.mask is not None and f.mask.dtype != torch.bool:
-        bias = bias + f.mask[:, :, rows, keys]
-    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
-
-
-def _product(q: Tensor, k: Tensor, v: Tensor, f: _Features, bias: Tensor | None, causal: bool) -> Tensor:
-    """Softmax and sums; causal only where q and k are equally many."""
-    plain = f.softcap is None and (f.sinks is None or q.shape[-1] == v.shape[-1])
-    if not plain:
-        return reference(q, k, v, causal=causal, scale=f.scale, softcap=f.softcap, sinks=f.sinks, mask=bias)
-    if f.sinks is None:
-        return scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=f.scale, enable_gqa=True)
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=q.dtype).masked_fill(~bias, -torch.inf)
-    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    y, lse = run(q, k, v, 0.0, causal, attn_mask=bias, scale=f.scale)
-    # another term in the denominator: y * exp(lse) / (exp(lse) + exp(sink))
-    share = torch.sigmoid(lse - f.sinks.to(lse.dtype)[:, None])[..., None]
-    return torch.where(share > 0, y * share, 0.0)
 
 
 def _like(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
