@@ -40,8 +40,8 @@ def section(path: Path) -> str:
         base = {row["case"]: row["first_s"] for row in rows if row["model"] == "transformers"}
         worst = min(rows, key=lambda row: base[row["case"]] / row["first_s"])
         told = (
-            f"The slowest first token beside transformers' own is that of {worst['model']} with {worst['rows']} rows of "
-            f"{worst['prompt']} tokens: {base[worst['case']] / worst['first_s']:.2f}x."
+            f"The slowest first token beside transformers' own is that of {worst['model']} with "
+            f"{worst['rows']} rows of {worst['prompt']} tokens: {base[worst['case']] / worst['first_s']:.2f}x."
         )
         lines += ["", *whole(rows), ""]
         lines += [f"All of them in turns in one process ([generate.md]({folder}/generate.md)). {WHAT} {told}"]
