@@ -11,9 +11,11 @@ _HOME = {
     "QuantExperts": "nn",
     "QuantLinear": "nn",
     "load": "patch",
+    "lora_config": "nn.lora",
     "optimize": "patch",
     "optimized": "patch",
     "quant_matmul": "ops",
+    "quantize": "compress",
     "restore": "patch",
 }
 __all__ = sorted(_HOME)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .formats import Format, Fp8Format, IntFormat, QuantizedWeight, pack_bits, pack_zero_point
+from .formats import Format, Fp8Format, IntFormat, Nf4Format, QuantizedWeight, pack_bits, pack_zero_point
 
 CHUNK = 1 << 20  # weights quantized at a time: the float32 scratch then stays near the caches
 
@@ -111,16 +111,17 @@ def quantize(w: Tensor, format: Format, method: str = "hqq", dtype: torch.dtype 
     """
     if method not in QUANTIZERS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(QUANTIZERS)}")
+    if isinstance(format, Nf4Format):
+        raise ValueError("nf4 is read from bitsandbytes checkpoints, and nothing is quantized to it; use int4")
     if isinstance(format, Fp8Format) and method != "rtn":
         raise ValueError(f"method={method!r} solves for the scales of integers; fp8 weights take method='rtn'")
     if w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"a weight must be a floating-point matrix [N, K], got {w.dtype} {list(w.shape)}")
     dtype = dtype or w.dtype
-    (N, K), group, G = w.shape, format.group_of(w.shape[1]), format.groups(w.shape[1])
-    packed = torch.empty(N, format.words(K), dtype=torch.int32, device=w.device)
+    (N, K), G = w.shape, format.groups(w.shape[1])
+    words = torch.empty(N, format.words(K), dtype=torch.int32, device=w.device)
     scales = torch.empty(N, G, dtype=dtype, device=w.device)
     zeros = torch.empty(N, G, dtype=torch.uint8, device=w.device)
-    mask = (torch.arange(G * group, device=w.device) < K).float().view(G, group)
     rows = max(1, CHUNK // K)
     for start in range(0, N, rows):
         chunk = w[start : start + rows].float()
@@ -132,10 +133,34 @@ def quantize(w: Tensor, format: Format, method: str = "hqq", dtype: torch.dtype 
         here = slice(start, start + len(chunk))
         if isinstance(format, Fp8Format):
             q, scales[here] = _fp8(chunk, dtype)
-            packed[here] = pack_bits(q, 8)
-            continue
-        chunk = torch.nn.functional.pad(chunk, (0, G * group - K)).view(-1, G, group)
-        scale, zero = QUANTIZERS[method](chunk, mask, format, dtype)
-        q = _round(chunk, scale, zero, format).to(torch.uint8).view(-1, G * group)[:, :K]
-        packed[here], scales[here], zeros[here] = pack_bits(q, format.bits), scale[..., 0], zero[..., 0]
-    return QuantizedWeight(packed, scales, None if format.symmetric else pack_zero_point(zeros, format.bits))
+        else:
+            q, scales[here], zeros[here] = codes_and_scales(chunk, format, method, dtype)
+        words[here] = pack_bits(q, format.bits)
+    return QuantizedWeight(words, scales, None if format.symmetric else pack_zero_point(zeros, format.bits))
+
+
+def codes_and_scales(w: Tensor, format: IntFormat, method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes nearest to w [N, K], uint8 [N, K], with the scales and zero points that `method` finds: float [N, G].
+
+    The scales are as they read back from `dtype`.
+    """
+    N, K = w.shape
+    group, G = format.group_of(K), format.groups(K)
+    mask = (torch.arange(G * group, device=w.device) < K).float().view(G, group)
+    grouped = torch.nn.functional.pad(w.float(), (0, G * group - K)).view(N, G, group)
+    scale, zero = QUANTIZERS[method](grouped, mask, format, dtype)
+    codes = _round(grouped, scale, zero, format).to(torch.uint8).view(N, G * group)[:, :K]
+    return codes, scale[..., 0], zero[..., 0]
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
+    """(codes - zero) * scale: codes [N, K], scale and zero float [N, G] -> float [N, K]."""
+    N, K = codes.shape
+    grouped = torch.nn.functional.pad(codes, (0, scale.shape[1] * group - K)).view(N, -1, group)
+    return ((grouped - zero[..., None]) * scale[..., None]).view(N, -1)[:, :K]
+
+
+def packed(codes: Tensor, scale: Tensor, zero: Tensor, format: IntFormat, dtype: torch.dtype) -> QuantizedWeight:
+    """codes uint8 [N, K], scale and zero float [N, G] as they are stored, the scales in `dtype`."""
+    zeros = None if format.symmetric else pack_zero_point(zero.to(torch.uint8), format.bits)
+    return QuantizedWeight(pack_bits(codes, format.bits), scale.to(dtype), zeros)

@@ -138,12 +138,14 @@ class Graphs:
         self.busy = Lock()  # held while a graph is in use: its tensors serve one call at a time
 
     def where(self) -> tuple:
-        """What changes when a weight is moved, or changed: others may have been made of it."""
+        """What changes when a weight is moved, or changed, of which others may have been made; and when an adapter
+        is switched on or off: a step holds those that were on when it was captured."""
         # blocks of oneDNN's have no address that torch tells, tensors of inference mode no version
-        return tuple(
+        weights = tuple(
             (id(p) if p.is_mkldnn else p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version)
             for p in self.model.parameters()
         )
+        return weights, tuple(_adapters(m) for m in self.model.modules() if "_disable_adapters" in m.__dict__)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied model makes its own."""
@@ -190,6 +192,12 @@ class Graphs:
             steps.sampler = sampler
         self.kept[key] = steps
         return steps
+
+
+def _adapters(layer: Any) -> tuple:
+    """Which adapters PEFT uses in a layer of its own, how strongly, and whether merged or chosen row by row."""
+    scaling, hooks = tuple(getattr(layer, "scaling", {}).items()), tuple(layer._forward_pre_hooks)
+    return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), scaling, hooks
 
 
 class Watch:

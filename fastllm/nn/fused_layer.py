@@ -22,7 +22,8 @@ class FusedLayer:
         self.names, self.norms = tuple(norms), tuple(norms.values())
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or not self.stands_in():
+        # under autocast a dense projection answers in another dtype than the sum that it is added to
+        if args or torch.is_autocast_enabled(hidden_states.device.type) or not self.stands_in():
             return type(self.module).forward(self.module, hidden_states, *args, **kwargs)
         children: dict[str, Any] = self.module._modules
         y = children[self.attention](hidden_states=children[self.first](hidden_states), **kwargs)[0]

@@ -1,8 +1,9 @@
 """`optimize`, `restore` and `optimized`: patch a model in place, and undo it exactly."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..probe import outputs, probe, refuse_nan
 from ..progress import track
 from .accuracy import agreement
 from .errors import NotSupportedError, refuse_coverage, refuse_state
-from .plan import Decision, Patterns, Planner, as_it_is
+from .plan import Decision, Patterns, Plan, Planner, as_it_is
 from .report import Report, memory
 from .speedups import Speedups
 
@@ -30,6 +31,7 @@ class Patch:
         report.speedups = speedups
         self.loaded = False  # whether the layers came packed
         self.originals: dict[str, nn.Module] = {}
+        self.changes: list[tuple[nn.Module, str, nn.Parameter]] = []  # parameters that were exchanged, as they were
         self.hook: SaveHook | None = None
 
 
@@ -84,36 +86,61 @@ def optimize(
     model = _inner(model)
     planner = None if weights is None else Planner(weights, group_size, lm_head, include, exclude, activations)
     if is_patched(model):
-        return _again(model, planner)
-    refuse_state(model)
-    plan = as_it_is(model) if planner is None else planner.plan(model)
-    if planner is not None:
-        refuse_coverage(plan, min_coverage if plan.chosen else max(min_coverage, 1e-9), model)
+        return _again(model, planner, lambda: Speedups(model, attention, fuse, kv_cache, decode))
+    refuse_state(model, planner is not None)
+    plan = as_it_is(model) if planner is None else planned(model, planner, min_coverage)
     patch = Patch(Report(model, plan, keep), Speedups(model, attention, fuse, kv_cache, decode))
     if not dry_run:
-        _apply(model, patch, method, probe(model, prompt), prompt is not None, quiet, batch_invariant)
+        fill = partial(without_data, plan.chosen, method, quiet)
+        carry_out(model, patch, fill, probe(model, prompt), prompt is not None, batch_invariant)
     return patch.report
 
 
-def _again(model: Any, planner: Planner | None) -> Report:
-    """A model that is patched stays as it is; of one that was loaded packed no weights can be quantized."""
-    if model._fastllm.loaded and planner is not None:
+def planned(model: Any, planner: Planner, min_coverage: float) -> Plan:
+    """What `planner` plans; CoverageError if that is too little, or nothing."""
+    plan = planner.plan(model)
+    refuse_coverage(plan, min_coverage if plan.chosen else max(min_coverage, 1e-9), model)
+    return plan
+
+
+def _again(model: Any, planner: Planner | None, speedups: Callable[[], Speedups]) -> Report:
+    """A model that is patched stays as it is, but for what it may still be given beside quantized weights."""
+    patch = model._fastllm
+    if planner is None and patch.speedups.idle:
+        ids = probe(model, None)
+        patch.speedups = patch.report.speedups = speedups()
+        patch.speedups.apply(ids)
+        return patch.report
+    if patch.loaded and planner is not None:
         refuse_coverage(planner.plan(model), 1e-9, model)
     logger.warning("the model is already optimized; nothing done. fastllm.restore(model) undoes it")
-    return model._fastllm.report
+    return patch.report
 
 
-def _apply(
-    model: Any, patch: Patch, method: str | None, ids: Tensor, real: bool, quiet: bool, batch_invariant: bool
+# How a layer is made: given `from_linear` or `from_experts`, the module, and the format.
+Make = Callable[[Any, nn.Module, Format], nn.Module]
+Put = Callable[[Decision, Make], None]
+
+
+def without_data(chosen: list[Decision], method: str | None, quiet: bool, put: Put) -> None:
+    """Quantize what was chosen by `method` of `fastllm.quantizers`."""
+    for decision in track(chosen, "quantizing", [d.before for d in chosen], quiet):
+        put(decision, lambda make, original, format: make(original, format, method))
+
+
+def carry_out(
+    model: Any, patch: Patch, fill: Callable[[Put], None], ids: Tensor, real: bool, batch_invariant: bool = False
 ) -> None:
-    """Do what the report of `patch` plans, all of it or nothing, and complete the report."""
+    """Do what the report of `patch` plans, all of it or nothing, and complete the report.
+
+    fill: puts a quantized module in the place of each that was chosen. ids [1, T]: what the answers are compared on;
+    real: whether they are text.
+    """
     report, before = patch.report, outputs(model, ids)
-    chosen = report.plan.chosen
     with ExitStack() as on_failure:
         on_failure.callback(_undo, model, patch)
-        for decision in track(chosen, "quantizing", [d.before for d in chosen], quiet):
-            _replace(model, decision, patch, method, batch_invariant)
-        if chosen:
+        fill(lambda decision, make: _replace(model, decision, patch, make, batch_invariant))
+        if report.plan.chosen:
             patch.hook = SaveHook.attach(model)
         patch.speedups.apply(ids)
         after = outputs(model, ids)
@@ -126,16 +153,17 @@ def _apply(
         report.memory_kept = memory(model, *patch.originals.values()) - report.memory_after
     else:
         patch.originals.clear()
+        patch.changes.clear()
     model._fastllm = patch
 
 
-def _replace(model: Any, decision: Decision, patch: Patch, method: str | None, batch_invariant: bool) -> None:
+def _replace(model: Any, decision: Decision, patch: Patch, make: Make, batch_invariant: bool) -> None:
     """Put the quantized module where the dense one is; the layer's name goes into any complaint."""
     original, format = model.get_submodule(decision.name), decision.format
     assert format is not None
-    make: Any = QuantExperts.from_experts if decision.kind == "experts" else QuantLinear.from_linear
+    kind: Any = QuantExperts.from_experts if decision.kind == "experts" else QuantLinear.from_linear
     try:
-        new = make(original, format, method)
+        new: Any = make(kind, original, format)
     except ValueError as error:
         raise ValueError(f"{decision.name}: {error}; leave it out with exclude={decision.name!r}") from error
     new.train(original.training)
@@ -173,12 +201,14 @@ def _undo(model: nn.Module, patch: Patch) -> None:
                 original.to(now)
             original.train(layer.training)
         model.set_submodule(name, original)
+    for module, name, parameter in reversed(patch.changes):
+        module._parameters[name] = parameter
 
 
 def restore(model: Any) -> Any:
     """Undo `optimize`: the original modules come back, the very same objects. Returns the model.
 
-    Raises NotSupportedError if the model is not patched, or if the originals were not kept.
+    Raises NotSupportedError if the model is not patched, has adapters, or if the originals were not kept.
     """
     inner = _inner(model)
     if not is_patched(inner):
@@ -186,6 +216,11 @@ def restore(model: Any) -> Any:
     patch = inner._fastllm
     if patch.report.plan.chosen and not patch.originals:
         raise NotSupportedError("the originals were freed (keep=False); load the model again")
+    for name in patch.originals:
+        if not isinstance(now := inner.get_submodule(name), (QuantLinear, QuantExperts)):
+            raise NotSupportedError(
+                f"{name} has become a {type(now).__name__}, which would be lost; call unload() first"
+            )
     _undo(inner, patch)
     del inner._fastllm
     return model

@@ -14,8 +14,11 @@ class NotSupportedError(ValueError):
     """The model is in a state that cannot be patched; the message says what to do."""
 
 
-def refuse_state(model: nn.Module) -> None:
-    """Raise NotSupportedError for a model that trains, is quantized by another library, or is not (all) in memory."""
+def refuse_state(model: nn.Module, quantizes: bool = True) -> None:
+    """Raise NotSupportedError for a model that trains, is quantized by another library, or is not (all) in memory.
+
+    quantizes: whether weights are to be quantized; then adapters, which are linear layers too, are refused as well.
+    """
     if model.training:
         raise NotSupportedError(
             "the model is in training mode; call model.eval() first (quantized weights do not learn)"
@@ -31,6 +34,11 @@ def refuse_state(model: nn.Module) -> None:
         origin = type(module).__module__.partition(".")[0]
         if origin in ("bitsandbytes", "gptqmodel", "auto_gptq", "awq", "hqq", "optimum", "compressed_tensors"):
             raise NotSupportedError(f"{name} is already quantized by {origin}; load the dense checkpoint instead")
+        if quantizes and origin == "peft" and hasattr(module, "base_layer"):
+            raise NotSupportedError(
+                f"{name} has adapters, which would be quantized too; merge_and_unload() them first, or quantize first "
+                "and put them on packed layers (fastllm.lora_config)"
+            )
         for part, p in module.named_parameters(recurse=False):
             where = f"{name}.{part}" if name else part
             if p.is_meta:

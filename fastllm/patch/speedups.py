@@ -119,6 +119,11 @@ class Speedups:
             module.__dict__.pop(own.FALLBACKS, None)
 
     @property
+    def idle(self) -> bool:
+        """Whether none of them was asked for."""
+        return not (self.attention or self.parts or self.decode or self.kv_cache)
+
+    @property
     def fallbacks(self) -> set[str]:
         """Reasons for which torch's attention ran since."""
         found: set[str] = set()

@@ -1,0 +1,137 @@
+"""The one driver of calibration: block by block, on what the blocks before, as they are by then, have made."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..formats import Format, QuantizedWeight
+from ..progress import track
+from .blocks import Blocks
+from .statistics import Statistics
+
+logger = logging.getLogger("fastllm")
+
+Put = Callable[[str, QuantizedWeight], None]  # the name of a layer, and the weight that it gets
+
+
+class Layer(NamedTuple):
+    """A linear layer to be quantized: its module, and the format."""
+
+    module: Any
+    format: Format
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as [K, N]."""
+        return not isinstance(self.module, nn.Linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K], float32."""
+        weight = self.module.weight.detach()
+        return (weight.t() if self.transposed else weight).float()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        a, b = self.module.weight.shape
+        return (b, a) if self.transposed else (a, b)
+
+
+class Group(NamedTuple):
+    """Layers of a block with one input, in the order in which they run."""
+
+    names: tuple[str, ...]
+    once: bool  # whether each of them runs once in a block
+
+
+class Solver(ABC):
+    """A way to choose the numbers of quantized weights, given what goes into the layers."""
+
+    sequential = True  # whether a layer's input is to come from layers that are quantized already
+    products = True  # whether it wants the sum of x x.T
+
+    def fold(
+        self, blocks: Blocks, index: int, layers: Mapping[str, Layer], found: list[tuple[Group, Statistics]]
+    ) -> None:
+        """Change a block and what is known of its inputs, but not what it computes. Here: nothing."""
+        return
+
+    @abstractmethod
+    def solve(self, weights: Sequence[Tensor], formats: Sequence[Format], seen: Statistics) -> list[QuantizedWeight]:
+        """The weights [N, K] of layers with one input, quantized; scales in float32 are rounded by the caller."""
+
+
+def calibrate(blocks: Blocks, layers: Mapping[str, Layer], solver: Solver, put: Put, quiet: bool = False) -> list[str]:
+    """Quantize those of `layers` that lie in `blocks`, and hand each to `put`, which puts it into the model at once.
+
+    Returns the names of layers that ran in no block, or on no data, and so are left to others.
+    """
+    left = dict(layers)
+    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks.layers]
+    for index in track(range(len(blocks)), f"calibrating {type(solver).__name__.lower()}", sizes, quiet):
+        prefix = f"{blocks.name(index)}."
+        mine = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
+        groups = find_groups(blocks, index, mine) if mine else []
+        if solver.sequential:
+            for group in groups:
+                _solve(solver, group, observe(blocks, index, mine, [group], solver.products)[0], mine, put)
+        elif groups:
+            found = observe(blocks, index, mine, groups, solver.products)
+            solver.fold(blocks, index, mine, list(zip(groups, found, strict=True)))
+            for group, seen in zip(groups, found, strict=True):
+                _solve(solver, group, seen, mine, put)
+        for group in groups:
+            for name in group.names:
+                left.pop(name)
+        if index + 1 < len(blocks):
+            blocks.advance(index)
+    return list(left)
+
+
+def _solve(solver: Solver, group: Group, seen: Statistics, layers: Mapping[str, Layer], put: Put) -> None:
+    own = [layers[name] for name in group.names]
+    weights = solver.solve([layer.weight for layer in own], [layer.format for layer in own], seen)
+    for name, layer, weight in zip(group.names, own, weights, strict=True):
+        put(name, weight._replace(scale=weight.scale.to(layer.module.weight.dtype)))
+
+
+def find_groups(blocks: Blocks, index: int, layers: Mapping[str, Layer]) -> list[Group]:
+    """The layers of a block by what they are given, in the order in which they run."""
+    inputs: list[Tensor] = []  # kept, so that their addresses are not used again
+    of: dict[str, int] = {}
+    calls = dict.fromkeys(layers, 0)
+
+    def seen(name: str, x: Tensor, rows: Tensor | None) -> bool:
+        calls[name] += 1
+        for i, other in enumerate(inputs):
+            if other.data_ptr() == x.data_ptr() and other.shape == x.shape and other.stride() == x.stride():
+                of.setdefault(name, i)
+                return False
+        inputs.append(x)
+        of.setdefault(name, len(inputs) - 1)
+        return False
+
+    blocks.watch(index, {name: layer.module for name, layer in layers.items()}, seen, batches=1)
+    groups: dict[int, list[str]] = {}
+    for name, i in of.items():
+        groups.setdefault(i, []).append(name)
+    return [Group(tuple(names), all(calls[n] == 1 for n in names)) for _, names in sorted(groups.items())]
+
+
+def observe(
+    blocks: Blocks, index: int, layers: Mapping[str, Layer], groups: Sequence[Group], products: bool
+) -> list[Statistics]:
+    """What each of `groups` is given, over all batches."""
+    first = {group.names[0]: Statistics(layers[group.names[0]].shape[1], blocks.device, products) for group in groups}
+    last = groups[-1].names[0] if groups[-1].once else None
+
+    def seen(name: str, x: Tensor, rows: Tensor | None) -> bool:
+        first[name].add(x if rows is None else x[rows])
+        return name == last
+
+    blocks.watch(index, {name: layers[name].module for name in first}, seen)
+    return list(first.values())

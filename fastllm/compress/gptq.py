@@ -1,0 +1,100 @@
+"""GPTQ: round a weight column by column, and let the columns still to come make up for the error.
+
+Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", 2022. The groups keep their columns and their scales, which are those of the weight as it was, while the
+columns are taken in the order of how large their inputs are ("static groups"): so no layer has to permute its input.
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats import IntFormat, QuantizedWeight
+from ..quantizers import codes_and_scales, decode, packed
+from .statistics import output_error
+
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean of the diagonal: the first with which the factorisation succeeds
+BLOCK = 128  # columns after which the rest of the weight is brought up to date
+
+
+def gptq(
+    w: Tensor,
+    hessian: Tensor,
+    format: IntFormat,
+    dtype: torch.dtype,
+    *,
+    method: str = "hqq",
+    act_order: bool = True,
+    block: int = BLOCK,
+) -> tuple[QuantizedWeight, str]:
+    """(w [N, K] in `format`, why it is not GPTQ's but round-to-nearest's, or "").
+
+    Minimises the mean of |(w - q) x|**2 over the inputs x of which `hessian` [K, K] is the mean of x x.T, greedily.
+    dtype: of the scales, which `method` chooses as in `fastllm.quantizers`. No row gets worse than by rounding to
+    nearest with the same scales. Raises ValueError for a hessian with NaN or infinity.
+    """
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("the inputs seen in calibration are not finite: the model answers NaN or infinity")
+    w = w.float()
+    nearest, scale, zero = codes_and_scales(w, format, method, dtype)  # [N, K], [N, G], [N, G]
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(w.shape[1], device=w.device)
+    factor = inverse_factor(hessian[order][:, order])
+    if factor is None:
+        return packed(nearest, scale, zero, format, dtype), "its inputs do not tell it how to round"
+    group = (torch.arange(w.shape[1], device=w.device) // format.group_of(w.shape[1]))[order]
+    codes = torch.empty_like(nearest)
+    codes[:, order] = sweep(w[:, order], factor, scale, zero, group, 2**format.bits - 1, block)
+    found, plain = (
+        output_error(decode(q, scale, zero, format.group_of(w.shape[1])) - w, hessian) for q in (codes, nearest)
+    )
+    codes = torch.where((found < plain)[:, None], codes, nearest)
+    return packed(codes, scale, zero, format, dtype), ""
+
+
+def inverse_factor(hessian: Tensor) -> Tensor | None:
+    """Upper triangular U [K, K] with U.T @ U the inverse of the damped `hessian`; None if no damping suffices.
+
+    Inputs that were always 0 tell nothing: they are taken as independent of all others.
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return None
+    diagonal[diagonal == 0] = mean
+    last = 0.0
+    for damping in DAMPING:
+        diagonal += (damping - last) * mean
+        last = damping
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if int(failed):
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed) and bool(upper.isfinite().all()):
+            return upper
+    return None
+
+
+def sweep(
+    w: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, group: Tensor, highest: int, block: int = BLOCK
+) -> Tensor:
+    """The codes, uint8 [N, K], of w [N, K], whose columns are rounded from the first to the last.
+
+    factor: from `inverse_factor`. scale, zero: [N, G]. group: of each column, int64 [K].
+    """
+    N, K = w.shape
+    rest = w.t().contiguous()  # [K, N]: a column of w is a row in memory
+    scales, zeros = scale.to(w.dtype).t().contiguous(), zero.to(w.dtype).t().contiguous()
+    codes = torch.empty(K, N, dtype=torch.uint8, device=w.device)
+    pivots, groups = factor.diagonal().tolist(), group.tolist()
+    for start in range(0, K, block):
+        stop = min(start + block, K)
+        part, errors = rest[start:stop], rest.new_empty(stop - start, N)
+        for j in range(stop - start):
+            column, s, z = part[j], scales[groups[start + j]], zeros[groups[start + j]]
+            q = (column / s).add_(z).round_().clamp_(0, highest)
+            codes[start + j] = q
+            torch.sub(column, q.sub_(z).mul_(s), out=errors[j]).div_(pivots[start + j])
+            part[j + 1 :].addr_(factor[start + j, start + j + 1 : stop], errors[j], alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return codes.t()

@@ -1,0 +1,54 @@
+"""What calibration remembers of the inputs of a layer."""
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096  # rows that are float32 at a time
+
+
+class Statistics:
+    """Of rows x [K]: their number, the sum of |x|, the largest |x|, and the sum of x x.T, all float32.
+
+    Layers with the same input share one.
+    """
+
+    def __init__(self, K: int, device: torch.device | str = "cpu", products: bool = True):
+        """products: whether x x.T is wanted, which takes 4 K**2 bytes."""
+        self.count = 0
+        self.total = torch.zeros(K, device=device)  # [K]
+        self.largest = torch.zeros(K, device=device)  # [K]
+        self.products = torch.zeros(K, K, device=device) if products else None
+
+    def add(self, x: Tensor) -> None:
+        """x [..., K], of any floating-point type."""
+        for rows in x.detach().reshape(-1, x.shape[-1]).split(CHUNK):
+            rows = rows.float()
+            self.count += len(rows)
+            size = rows.abs()
+            self.total += size.sum(0)
+            self.largest = torch.maximum(self.largest, size.amax(0)) if len(rows) else self.largest
+            if self.products is not None:
+                self.products.addmm_(rows.t(), rows)
+
+    def divide(self, scale: Tensor) -> None:
+        """As if every row had been divided by `scale` [K]."""
+        self.total /= scale
+        self.largest /= scale
+        if self.products is not None:
+            self.products /= scale[:, None] * scale
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of |x|, [K]."""
+        return self.total / max(1, self.count)
+
+    @property
+    def hessian(self) -> Tensor:
+        """The mean of x x.T, [K, K]; half the Hessian of the mean squared error of a row of the output."""
+        assert self.products is not None
+        return self.products / max(1, self.count)
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """The mean of (difference @ x)**2 over the rows x that `hessian` [K, K] remembers: difference [N, K] -> [N]."""
+    return (difference @ hessian).mul_(difference).sum(1)
