@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .nf4_format import Nf4Format, level_pairs, nf4_dense
+
 
 class QuantizedWeight(NamedTuple):
     """A weight [N, K] at rest.
@@ -132,9 +134,10 @@ class Fp8Format:
         return 4 * N * self.words(K) + scale_bytes * N
 
 
-Format = IntFormat | Fp8Format
+Format = IntFormat | Fp8Format | Nf4Format
 
 _GROUPS = product((4, 8), (None, 32, 64, 128, 256), (True, False))
+# those that a weight can be quantized to: nf4 is only read
 _FORMATS: tuple[Format, ...] = (*starmap(IntFormat, _GROUPS), IntFormat(8, activations="int8"), Fp8Format())
 FORMATS = {f.name: f for f in _FORMATS}
 
@@ -152,6 +155,10 @@ def parse_format(
 
     Raises ValueError for an unknown name, naming the known ones.
     """
+    if isinstance(name, Nf4Format) or name == "nf4":
+        raise ValueError(
+            "unknown weight format nf4 to quantize to: it is read from bitsandbytes checkpoints; use int4"
+        )
     if isinstance(name, Fp8Format) or name in ("fp8", "fp8-a8"):
         if group_size not in (None, -1) or symmetric is False or activations not in (None, "fp8"):
             raise ValueError(
@@ -243,6 +250,8 @@ def dequantize(weight: QuantizedWeight, format: Format, shape: tuple[int, int], 
     N, K = shape
     if isinstance(format, Fp8Format):
         return to_fp8(weight.packed, K).to(dtype) * weight.scale.to(dtype)
+    if isinstance(format, Nf4Format):
+        return nf4_dense(weight.packed, weight.scale, level_pairs(weight.scale.device), K, dtype)
     q = unpack_bits(weight.packed, format.bits, K)
     zero = format.middle if weight.zero_point is None else unpack_zero_point(weight.zero_point, format.bits, N)
     return scale_groups(q, weight.scale, zero, format.group_of(K), dtype)

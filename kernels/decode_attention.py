@@ -249,7 +249,8 @@ def _ready(
     processors = device_of(device.index)[1] if device.type == "cuda" else MULTIPROCESSORS
     rows = p.Hq // p.Hkv * p.Sq
     fp32 = q.dtype == torch.float32
-    tile = tile or config(rows, max(p.D, p.Dv), min(p.bits, 16), fp32)
+    biased = operands[9] is not None or operands[10] is not None
+    tile = tile or config(rows, max(p.D, p.Dv), min(p.bits, 16), fp32, biased)
     tiles = -(-rows // tile.BLOCK_M) * p.B * p.Hkv
     kept = min(rows, tile.BLOCK_M)
     count = num_splits or splits(tiles, p.L, tile, p.key_bytes, 4 * kept * p.Dv, processors)

@@ -66,25 +66,28 @@ ROWS: dict[int, tuple[Row, ...]] = {
         Row(MANY, 64, Config(16, 128, 4, 4, 3)),
         Row(16, 128, Config(16, 128, 1, 4, 3)),
         Row(16, 256, Config(16, 64, 1, 4, 3)),
-        Row(MANY, 256, Config(32, 64, 1, 4, 3)),
+        Row(MANY, 256, Config(32, 64, 1, 8, 3)),
     ),
     4: (
         Row(MANY, 128, Config(16, 128, 4, 4, 3)),
-        Row(MANY, 256, Config(16, 64, 4, 4, 3)),
+        Row(MANY, 256, Config(16, 64, 4, 4, 2)),
     ),
 }
+BIASED = Config(16, 64, 4, 4, 3)  # for up to D = 128 at 4 bits with slopes or a mask, which take registers
 # float32 is not for tensor cores: a tile small enough for plain registers
 SMALL = Config(16, 32, 1, 4, 2), Config(16, 16, 1, 4, 2)  # up to D = 64, and beyond
 
 
-def config(rows: int, D: int, bits: int, fp32: bool = False) -> Config:
+def config(rows: int, D: int, bits: int, fp32: bool = False, biased: bool = False) -> Config:
     """The tile for `rows` query heads of a group times new positions.
 
-    D: the larger of the head dimensions of keys and values. bits: of a stored number. fp32: q is float32. The same on
-    all devices: nothing here takes more than an A100 has for two programs.
+    D: the larger of the head dimensions of keys and values. bits: of a stored number. fp32: q is float32. biased: it
+    has slopes or a mask. The same on all devices: nothing here takes more than an A100 has for two programs.
     """
     if fp32:
         return SMALL[D > 64]
+    if biased and bits == 4 and D <= 128:
+        return BIASED
     return next(row.tile for row in ROWS[bits] if rows <= row.rows and D <= row.D)
 
 

@@ -172,7 +172,7 @@ def weights_with(**settings: Any) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'.*compressed-tensors"),
+    "method": ({"quant_method": "hqq", "bits": 4}, "quantized by 'hqq'.*compressed-tensors, gptq, awq"),
     "format": ({"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'"),
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     "cache": ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),

@@ -83,7 +83,7 @@ def complaints(build: Build, stats: Stats) -> list[str]:
 
 def rows_to_build(capability: int) -> Iterator[Build]:
     """Every row of ROWS at its largest head and at one that fills no tile; features, pages, dtypes in turn."""
-    from fastllm.kernels.decode_config import ROWS, SMALL
+    from fastllm.kernels.decode_config import BIASED, ROWS, SMALL
 
     for bits, rows in ROWS.items():
         for i, row in enumerate(rows):
@@ -91,7 +91,8 @@ def rows_to_build(capability: int) -> Iterator[Build]:
             one, other = ("bf16", "fp16") if i % 2 else ("fp16", "bf16")
             yield Build(capability, bits, row.D, tile, one, SQ)
             yield Build(capability, bits, row.D, tile, other, SQ, page=256)
-            yield Build(capability, bits, row.D, tile, one, SQ, ALL if tile[0] == 16 else SOME, 16)
+            biased = tuple(BIASED) if bits == 4 and row.D <= 128 else tile
+            yield Build(capability, bits, row.D, biased, one, SQ, ALL if tile[0] == 16 else SOME, 16)
             yield Build(capability, bits, row.D, tile, other, 1, ("kv_start", "WINDOW"))
             if bits == 4:
                 yield Build(capability, bits, row.D // 2 if i == 0 else row.D - 64, tile, other)

@@ -34,12 +34,12 @@ def test_awq_is_never_worse_than_rounding():
     format = IntFormat(4, 64)
     for w, seen in list(observed().values())[::3]:
         seen = copy.deepcopy(seen)
-        plain = error(w, quantize(w, format, "rtn"), format, seen.hessian)
+        plain = error(w, quantize(w, format, "hqq"), format, seen.hessian)
         scale = awq.search([w], [format], seen.mean, seen.hessian)
         seen.divide(scale)
-        scaled = error(w * scale, quantize(w * scale, format, "rtn"), format, seen.hessian)
+        scaled = error(w * scale, quantize(w * scale, format, "hqq"), format, seen.hessian)
         cut = awq.clip(w * scale, format, seen.hessian)
-        clipped = error(w * scale, quantize(cut, format, "rtn"), format, seen.hessian)
+        clipped = error(w * scale, quantize(cut, format, "hqq"), format, seen.hessian)
         assert scaled <= 1.0001 * plain and clipped <= 1.02 * scaled
 
 

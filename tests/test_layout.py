@@ -21,6 +21,7 @@ LINK = ROOT / "fastllm/kernels"
 
 # A part imports itself and parts of earlier rows, nothing else.
 LAYERS = [
+    {"nf4_format"},
     {"kernels", "formats", "kv_formats", "probe", "progress", "data"},
     {"quantizers"},
     {"ops"},

@@ -131,6 +131,30 @@ def test_families(family, method):
     twin = copy.deepcopy(model)
     report = fastllm.quantize(model, "int8-g32", method=method, calib=ids, min_coverage=0, lm_head=False, quiet=True)
     assert len(report.plan.chosen) > 4
-    assert_close(model(ids)[0], want.double(), worst=0.1, rms=0.03, dtype=torch.float32)
+    assert_close(model(ids)[0], want.double(), worst=0.2, rms=0.03, dtype=torch.float32)
     fastllm.restore(model)
     assert torch.equal(model(ids)[0], twin(ids)[0])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_mixtures(family, caplog):
+    """Experts are rounded on the tokens that reach them; those without any, without data, and one warning says so."""
+    few = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "gpt_oss" else {}
+    model = tiny.build(family, dtype=torch.float32, **few)
+    ids = torch.randint(1, 60, (4, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = model(ids).logits
+    errors = {}
+    for method in ("gptq", None):
+        twin = copy.deepcopy(model)
+        settings = {"lm_head": False, "min_coverage": 0, "quiet": True}
+        if method:
+            fastllm.quantize(twin, "int4-g32", calib=ids, **settings)
+        else:
+            fastllm.optimize(twin, "int4-g32", attention=False, fuse=False, decode=False, **settings)
+        errors[method] = float((twin(ids).logits - want).detach().square().mean())
+    assert errors["gptq"] < 0.7 * errors[None]
+    assert "quantized without data" not in caplog.text
+    fastllm.quantize(model, "int4-g32", calib=ids[:1, :3], **settings)
+    said = [r for r in caplog.records if "quantized without data" in r.getMessage()]
+    assert len(said) == len([d for d in model._fastllm.report.plan.chosen if d.kind == "experts"])

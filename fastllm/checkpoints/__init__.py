@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_HOME = {"FastllmConfig": "quantizer", "SaveHook": "save", "load": "loading"}
+_HOME = {"FastllmConfig": "quantizer", "SaveHook": "save", "load": "loading", "write_gptq": "gptq_save"}
 __all__ = sorted(_HOME)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..formats import Format, IntFormat, parse_format
+from ..formats import Format, IntFormat, Nf4Format, parse_format
 
 Patterns = str | Iterable[str]
 SMALLEST = 16  # outputs; a classifier of a few classes is nothing to read and much to lose
@@ -50,7 +50,9 @@ class Choice:
         if format is not None and format.weight_only is None:
             why = f"of experts only the weights are quantized, and {format.name} is a format of activations too"
             return None, why, 'give them another one: weights={"*.experts": "int8", "*": "fp8"}'
-        return (None if format is None else format.weight_only), reason, remedy
+        weight_only = None if format is None else format.weight_only
+        assert not isinstance(weight_only, Nf4Format), "parse_format refuses it"
+        return weight_only, reason, remedy
 
     def _format(self, name: str, is_head: bool) -> tuple[Format | None, str, str]:
         if not matches(name, self.include):

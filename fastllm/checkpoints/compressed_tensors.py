@@ -4,10 +4,11 @@ Source: https://github.com/vllm-project/compressed-tensors. What each scheme sto
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from .scheme import FORMAT, METHOD, MIXED, ROUNDING, CheckpointError, Scheme, rounding
+from .coding import CheckpointError, Source
+from .scheme import FORMAT, METHOD, MIXED, ROUNDING, Scheme, rounding
 
 EXPERTS = r"re:.*\.experts\..*"
 
@@ -63,8 +64,10 @@ def _target(name: str, prefix: str) -> str:
     return f"re:({re.escape(prefix)}\\.)?{re.escape(name.removeprefix(f'{prefix}.'))}$"
 
 
-class Stored:
+class Stored(Source):
     """What a checkpoint's `quantization_config` says, once it is known to be of the kind that can be read."""
+
+    key = "weight_scale"
 
     def __init__(self, config: Mapping[str, Any]):
         """Raises CheckpointError naming what is not supported, and what to do."""
@@ -74,6 +77,9 @@ class Stored:
         self.groups: list[tuple[list[str], Scheme]] = []
         for name, group in config["config_groups"].items():
             self.groups.append((list(group.get("targets") or []), _read_scheme(name, group, config)))
+
+    def coding(self, name: str, parts: Collection[str]) -> Scheme | None:
+        return self.scheme(name)
 
     def scheme(self, name: str) -> Scheme | None:
         """The scheme of the linear layer `name`, None if it is dense."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from .scheme import CheckpointError
+from .coding import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,7 +39,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
 def find_files(folder: Path) -> list[str]:
     """The safetensors files of the checkpoint in `folder`; empty if it has none.
 
-    Raises CheckpointError naming the files that the index lists and the folder lacks.
+    Raises CheckpointError naming the files that the index lists and the folder lacks, and those outside of it.
     """
     index = folder / INDEX
     if (folder / "model.safetensors").is_file():
@@ -50,6 +50,8 @@ def find_files(folder: Path) -> list[str]:
         names = sorted({os.fspath(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}") from error
+    if outside := [name for name in names if not name or Path(name).name != name or name == ".." or "\\" in name]:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of that folder: files lie next to it")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of its {len(names)} files: {', '.join(missing[:4])}")

@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 from ..formats import Format
 from ..probe import outputs, probe, reads_tokens, refuse_nan
 from .choice import Patterns
-from .compressed_tensors import Stored
+from .coding import CheckpointError
 from .headers import INDEX, find_files, read_headers
 from .quantizer import FastllmConfig
-from .scheme import METHOD, CheckpointError
+from .sources import SOURCES, source_of
 
 
 def load(
@@ -39,9 +39,9 @@ def load(
 ) -> PreTrainedModel:
     """The model of the checkpoint `path`, in evaluation mode, as `from_pretrained` gives it but with packed layers.
 
-    path:       a local folder with a compressed-tensors checkpoint (`pack-quantized`), whose layers stay packed; or
-                with a dense one, which `weights` quantizes tensor by tensor, so that it is never in memory as a whole
-                (None: it stays dense); or a GGUF file, which is loaded dense
+    path:       a local folder with a packed checkpoint, whose layers stay packed: compressed-tensors, GPTQ, AWQ (gemm)
+                or bitsandbytes nf4; or with a dense one, which `weights` quantizes tensor by tensor, so that it is
+                never in memory as a whole (None: it stays dense); or a GGUF file, which is loaded dense
     dtype:      of what is not packed, a torch dtype or its name; default: the checkpoint's (GGUF: bfloat16)
     device_map: as in transformers, but nothing can be offloaded
     weights, activations, group_size, method, lm_head, include, exclude: as in `fastllm.optimize`, for dense ones
@@ -126,16 +126,16 @@ def _take_stored(config: PretrainedConfig) -> dict[str, Any] | None:
 
 def _refuse_stored(folder: Path, stored: Mapping[str, Any], weights: object) -> None:
     name = stored.get("quant_method")
-    if name != METHOD:
+    if name not in SOURCES:
         raise ValueError(
-            f"{folder} is quantized by {name!r}; fastllm reads {METHOD} (pack-quantized), GGUF and dense checkpoints. "
+            f"{folder} is quantized by {name!r}; fastllm reads {', '.join(SOURCES)}, GGUF and dense checkpoints. "
             "Load it with transformers, or quantize the dense checkpoint with weights=..."
         )
     if weights is not None:
         raise ValueError(
             f"{folder} is packed already: leave weights= out, or load the dense checkpoint to quantize it"
         )
-    Stored(stored)  # complains of what cannot be read
+    source_of(stored)  # complains of what cannot be read
 
 
 def _check_files(folder: Path, packed: bool) -> None:

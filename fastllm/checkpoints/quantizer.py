@@ -20,20 +20,21 @@ from ..nn.experts import is_experts, up_name
 from ..nn.linear import move_hook
 from ..progress import track
 from .choice import Choice, Patterns
-from .compressed_tensors import Stored
+from .coding import CheckpointError, Source
 from .headers import Header, read_headers
 from .names import Names, without
+from .nf4 import PartRenaming
 from .save import SaveHook
-from .scheme import CheckpointError
 from .slots import ExpertSlots, Slot, is_linear, understood
-from .validate import packed_experts, validate
+from .sources import source_of
+from .validate import packed_experts, parts_found, validate
 
 
 @register_quantization_config("fastllm")
 class FastllmConfig(QuantizationConfigMixin):
     """How to quantize a model while it is loaded; the arguments are those of `fastllm.optimize`.
 
-    stored: instead, the `quantization_config` of a compressed-tensors checkpoint, whose layers stay packed.
+    stored: instead, the `quantization_config` of a packed checkpoint (see `sources.py`), whose layers stay packed.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class FastllmQuantizer(HfQuantizer):
         self.settings = quantization_config
         self.slots: dict[str, Slot | ExpertSlots] = {}
         self.embedding, self.head = "", ""  # the weight that a tied head is quantized from; the head's name
+        stored = quantization_config.stored
+        self.source = None if stored is None else source_of(stored)
         self.errors: list[ValueError] = []
         self.progress: Iterator[str] = iter(())
 
@@ -109,10 +112,15 @@ class FastllmQuantizer(HfQuantizer):
     ) -> None:
         files = [f for f in checkpoint_files or [] if str(f).endswith(".safetensors")]
         headers = read_headers(files)
-        if self.settings.stored is None:
+        if self.source is None:
             self._place_dense(model)
         else:
-            self._place_packed(model, headers, Stored(self.settings.stored))
+            self._place_packed(model, headers, self.source)
+        if not self.slots and self.source is not None:
+            raise CheckpointError(
+                "the files have no packed layer of those that quantization_config describes: config.json is wrong, or "
+                "describes another model; without quantization_config it is loaded as a dense one"
+            )
         if not self.slots:
             raise ValueError(
                 "no layer of the model is to be quantized; widen weights= or include=, or load it without"
@@ -155,15 +163,12 @@ class FastllmQuantizer(HfQuantizer):
             self.slots[name]._parameters.pop("weight")
         model.all_tied_weights_keys = {k: v for k, v in tied.items() if weight not in (k, v)}
 
-    def _place_packed(self, model: PreTrainedModel, headers: dict[str, Header], stored: Stored) -> None:
+    def _place_packed(self, model: PreTrainedModel, headers: dict[str, Header], source: Source) -> None:
         names, head = Names(model), model.get_output_embeddings()
+        found_parts = parts_found(model, headers, source, self)
         for name, module in model.named_modules():
-            if is_experts(module) and packed_experts(model, name, headers):
-                if stored.experts().activations == "fp8":
-                    raise CheckpointError(
-                        f"{name}: experts in float8 are not read; load it with transformers, or quantize the dense "
-                        "checkpoint to int8"
-                    )
+            if is_experts(module) and packed_experts(model, name, headers, source):
+                coding = source.experts().expert(name)
                 understood(name, module)
                 parts = {}
                 for which, weight in (("up", up_name(module)), ("down", "down_proj")):
@@ -171,26 +176,30 @@ class FastllmQuantizer(HfQuantizer):
                     if found is None:
                         raise CheckpointError(f"{name}: packed experts of {type(module).__name__} are not understood")
                     parts[which] = [n.removeprefix(f"{name}.") for n in found]
-                self.slots[name] = ExpertSlots(module, module.down_proj.dtype, stored.experts(), parts)
-            elif type(module) is nn.Linear and (scheme := stored.scheme(name)) is not None:
+                self.slots[name] = ExpertSlots(module, module.down_proj.dtype, coding, parts)
+            elif type(module) is nn.Linear:
+                own = found_parts.get(name, set())
+                packed = source.coding(name, own)
+                if packed is None:
+                    continue
                 shape = (module.out_features, module.in_features)
-                if scheme.group is not None and module.in_features % scheme.group:
-                    raise CheckpointError(f"{name} has {module.in_features} inputs, which {scheme} does not divide")
-                self.slots[name] = Slot(shape, module.weight.dtype, module.bias is not None, scheme)
+                packed.fits(name, *shape)
+                bias, spare = module.bias is not None, module.bias is None and "bias" in own
+                self.slots[name] = Slot(shape, module.weight.dtype, bias or spare, packed, spare_bias=spare)
                 if module is head:
                     tied = getattr(model, "all_tied_weights_keys", None) or {}
                     keys = {key: source for key, source in tied.items() if f"{name}.weight" not in (key, source)}
                     model.all_tied_weights_keys = keys
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Packed experts are loaded one by one, so nothing fuses them."""
+        """Packed experts are loaded one by one, so nothing fuses them; parts get names that parameters can have."""
         fused = [
             f"{name}.{weight}"
             for name, slot in self.slots.items()
-            if isinstance(slot, ExpertSlots) and slot.scheme is not None
+            if isinstance(slot, ExpertSlots) and slot.coding is not None
             for weight in slot.weights.values()
         ]
-        return without(weight_conversions, fused)
+        return [*without(weight_conversions, fused), *(self.source.renamings() if self.source else ())]
 
     # while they are loaded
 
@@ -260,6 +269,9 @@ class FastllmQuantizer(HfQuantizer):
 
 def _forget(model: PreTrainedModel) -> None:
     """Remove what transformers noted of the loading quantizer."""
+    used = model.__dict__.get("_weight_conversions")
+    if used:
+        model._weight_conversions = [c for c in used if not isinstance(c, PartRenaming)]
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             for owner, key in (

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers import HfQuantizer
 
-from ..formats import QuantizedWeight, dequantize
+from ..formats import Nf4Format, QuantizedWeight, dequantize
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import up_name
 from .compressed_tensors import build_config
@@ -58,7 +58,7 @@ class Storage:
         if layer.transposed:
             self.why[name] = "its weight is [in, out], which the format does not know"
         elif scheme is None:
-            self.why[name] = f"{layer.in_features} inputs do not divide into groups of {layer.format.group}"
+            self.why[name] = _unstorable(layer)
         elif self.names.converted(f"{name}.weight"):
             self.why[name] = "its checkpoint name belongs to several weights"
         else:
@@ -75,7 +75,7 @@ class Storage:
                 self.why[name] = "its experts have no checkpoint names of their own"
         scheme = Scheme.storing(next(iter(formats)), *(layer.in_features for layer in layers))
         if scheme is None:
-            self.why |= dict.fromkeys(self.experts, "the inputs do not divide into groups")
+            self.why |= dict.fromkeys(self.experts, _unstorable(layers[0]))
         return scheme
 
     def config(self) -> dict[str, Any] | None:
@@ -135,6 +135,12 @@ class Storage:
                     state[name] = tensor.clone()
                 seen.add(tensor.data_ptr())
         return state
+
+
+def _unstorable(layer: QuantLinear) -> str:
+    if isinstance(layer.format, Nf4Format):
+        return "compressed-tensors has no nf4"
+    return f"{layer.in_features} inputs do not divide into groups of {layer.format.group}"
 
 
 def _layers(experts: QuantExperts) -> list[QuantLinear]:
@@ -202,6 +208,8 @@ def _is_matrix(module: nn.Module) -> bool:
 class SaveHook(HfQuantizer):
     """What `save_pretrained` asks for tensors. `attach` puts it on a model, `detach` takes it away without a trace."""
 
+    storage: type[Storage] = Storage
+
     def __init__(self, model: PreTrainedModel):
         self.quantization_config: Any = None
         self.pre_quantized = True
@@ -219,7 +227,7 @@ class SaveHook(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 hook._set(module, "hf_quantizer", hook)
         hook._untie()
-        hook._describe(model, Storage(model))
+        hook._describe(model, cls.storage(model))
         return hook
 
     def detach(self) -> None:
@@ -266,7 +274,7 @@ class SaveHook(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(the tensors to write for `model`, which may be a part of the whole; no metadata). Updates its config."""
-        storage = Storage(model)
+        storage = self.storage(model)
         storage.refuse()
         for owner, name, old in self._undo:  # a part that was saved before is no checkpoint of its own any more
             if name == "quantization_config" and owner is not model.config and owner is not self._model.config:

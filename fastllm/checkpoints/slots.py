@@ -11,17 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import Format, IntFormat, QuantizedWeight, from_fp8, from_int8
+from ..formats import Format, QuantizedWeight
 from ..nn import QuantExperts, QuantLinear
 from ..nn.experts import agrees, up_name
 from ..quantizers import quantize
-from .scheme import CheckpointError, Scheme
-
-PACKED = {
-    "weight_packed": torch.int32,
-    "weight_zero_point": torch.int32,
-    "weight_shape": torch.int64,
-}
+from .coding import CheckpointError, Coding
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -29,9 +23,10 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 
 
 class Slot(nn.Module):
-    """The place of a layer [N, K], either for the packed tensors of `scheme` or for a dense weight to quantize.
+    """The place of a layer [N, K], either for the packed tensors of `coding` or for a dense weight to quantize.
 
-    dense: the format to quantize to; `transposed`: the dense weight is [K, N], as in transformers' `Conv1D`.
+    dense: the format to quantize to; `transposed`: the dense weight is [K, N], as in transformers' `Conv1D`;
+    `spare_bias`: the file has a bias, which the model lacks: some writers add zeros.
     """
 
     def __init__(
@@ -39,17 +34,18 @@ class Slot(nn.Module):
         shape: tuple[int, int],
         dtype: torch.dtype,
         bias: bool,
-        scheme: Scheme | None = None,
+        coding: Coding | None = None,
         dense: Format | None = None,
         transposed: bool = False,
+        spare_bias: bool = False,
     ):
         super().__init__()
-        self.shape, self.dtype, self.scheme, self.dense, self.transposed = shape, dtype, scheme, dense, transposed
+        self.spare_bias = spare_bias
+        self.shape, self.dtype, self.coding, self.dense, self.transposed = shape, dtype, coding, dense, transposed
         self.quantized: list[QuantLinear] = []  # a list hides it from `modules()`
-        if scheme is not None:
-            types = PACKED | {"weight": scheme.dtype}
-            for part, size in scheme.shapes(*shape).items():
-                self._parameters[part] = _empty(size, types.get(part, dtype))
+        if coding is not None:
+            for name, part in coding.parts(*shape).items():
+                self._parameters[name] = nn.Parameter(part.empty(dtype), requires_grad=False)
         elif dense is not None:
             self._parameters["weight"] = _empty(shape[::-1] if transposed else shape, dtype)
         self.bias = _empty(shape[:1], dtype) if bias else None
@@ -74,41 +70,34 @@ class Slot(nn.Module):
 
     def take(self, name: str) -> QuantizedWeight:
         """The weight as it was loaded, in memory of its own. Raises CheckpointError naming `name`."""
-        if self.scheme is None:
+        if self.coding is None:
             raise CheckpointError(f"{name}.weight is missing from the checkpoint: it is incomplete")
-        parts: dict[str, Any] = {part: self._parameters.pop(part) for part in self.scheme.shapes(*self.shape)}
-        for part, tensor in parts.items():
-            if tensor is None or tensor.is_meta:
+        parts: dict[str, Tensor] = {}
+        for part, declared in self.coding.parts(*self.shape).items():
+            tensor = self._parameters.pop(part, None)
+            if tensor is not None and not tensor.is_meta:
+                parts[part] = tensor.detach()
+            elif not declared.optional:
                 raise CheckpointError(f"{name}.{part} is missing from the checkpoint: it is incomplete")
-        scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
-        bad = scale.numel() - int(scale.isfinite().sum())
-        if bad:
-            raise CheckpointError(
-                f"{name}.weight_scale has {bad} values that are NaN or infinite: the file is damaged"
-            )
-        if self.scheme.activations == "fp8":
-            weight = parts["weight"].detach()
-            if bad := int(weight.isnan().sum()):
-                raise CheckpointError(f"{name}.weight has {bad} values that are NaN: the file is damaged")
-            return QuantizedWeight(from_fp8(weight), scale.detach().to(self.dtype))
-        if self.scheme.activations:
-            return QuantizedWeight(from_int8(parts["weight"].detach()), scale.detach().to(self.dtype))
-        packed = parts["weight_packed"].detach()
-        if packed.device.type == "cpu":
-            packed = packed.clone()  # it may be a view of the file, and layers permute their weight in place
-        return QuantizedWeight(packed, scale.detach().to(self.dtype), None if zero is None else zero.detach())
+        weight: QuantizedWeight = self.coding.read(name, parts, self.shape, self.dtype)
+        return weight
 
     def finish(self, name: str) -> QuantLinear:
         layer = self.quantized.pop() if self.quantized else self._packed(name)
-        if self.bias is not None:
+        if self.spare_bias and self.bias is not None and bool(self.bias.any()):
+            raise CheckpointError(
+                f"{name}.bias is in the checkpoint and not zero, but the model has none there: config.json describes "
+                "another model"
+            )
+        if self.bias is not None and not self.spare_bias:
             layer.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
         layer.transposed = self.transposed
         return layer
 
     def _packed(self, name: str) -> QuantLinear:
         weight = self.take(name)
-        assert self.scheme is not None
-        weight, format = coalesce(weight, self.scheme, self.shape[1], name)
+        assert self.coding is not None
+        weight, format = self.coding.layer(weight, self.shape[1], name)
         return QuantLinear(weight, self.shape, format)
 
 
@@ -124,28 +113,6 @@ def _quantize(weight: Tensor, format: Format | None, method: str | None) -> Quan
     return QuantLinear(packed, (weight.shape[0], weight.shape[1]), format)
 
 
-def coalesce(weight: QuantizedWeight, scheme: Scheme, K: int, name: str) -> tuple[QuantizedWeight, Format]:
-    """(weight, format) with groups that kernels know: neighbouring groups whose scales are equal become one.
-
-    `Scheme.storing` writes such groups for a K that the group does not divide. Raises CheckpointError without
-    any.
-    """
-    stored = scheme.group
-    if stored is None or stored % 32 == 0:
-        return weight, scheme.format
-    tensors = [t for t in (weight.scale, weight.zero_point) if t is not None]
-    for group in (g for g in range(256, 31, -32) if g % stored == 0):
-        first = torch.arange(K // stored) // (group // stored) * (group // stored)
-        if all(torch.equal(t, t[:, first.to(t.device)]) for t in tensors):
-            picked = [t[:, :: group // stored].contiguous() for t in tensors]
-            zero = picked[1] if len(picked) > 1 else None
-            return QuantizedWeight(weight.packed, picked[0], zero), IntFormat(scheme.bits, group, scheme.symmetric)
-    raise CheckpointError(
-        f"{name} is stored in groups of {stored}: groups are multiples of 32 here; load it with transformers, or "
-        "quantize the dense checkpoint"
-    )
-
-
 class ExpertSlots(nn.Module):
     """The place of the experts of a mixture: 3-D weights to quantize, or a `Slot` for each expert and projection.
 
@@ -157,18 +124,18 @@ class ExpertSlots(nn.Module):
         self,
         shell: nn.Module,
         dtype: torch.dtype,
-        scheme: Scheme | None = None,
+        coding: Coding | None = None,
         parts: dict[str, list[str]] | None = None,
         dense: Format | None = None,
     ):
         super().__init__()
         self.weights = {"up": up_name(shell), "down": "down_proj"}
-        self.parts, self.scheme, self.dense, self.dtype = parts or {}, scheme, dense, dtype
+        self.parts, self.coding, self.dense, self.dtype = parts or {}, coding, dense, dtype
         self.quantized: dict[str, list[QuantLinear]] = {}
         self.shapes: dict[str, tuple[int, int, int]] = {}  # [experts, N, K]
         self._shell = [shell]  # a list hides it from `modules()`: its weights are never loaded
         for name, p in shell.named_parameters(recurse=False):
-            if name not in self.weights.values() or scheme is None:
+            if name not in self.weights.values() or coding is None:
                 self.register_parameter(name, _empty(tuple(p.shape), p.dtype))
         for name, b in shell.named_buffers(recurse=False):
             self.register_buffer(name, b, persistent=name not in shell._non_persistent_buffers_set)
@@ -189,7 +156,7 @@ class ExpertSlots(nn.Module):
                 if step not in parent._modules:
                     parent.add_module(step, nn.Module())
                 parent = parent._modules[step]  # type: ignore[assignment]
-            parent.add_module(last, Slot((N // pieces, K), self.dtype, False, self.scheme))
+            parent.add_module(last, Slot((N // pieces, K), self.dtype, False, self.coding))
 
     @property
     def dense_bytes(self) -> int:
@@ -204,18 +171,18 @@ class ExpertSlots(nn.Module):
         self._parameters.pop(weight_name, None)
 
     def _expert(self, name: str, which: str, expert: int) -> QuantLinear:
-        if self.scheme is None:
+        if self.coding is None:
             if which not in self.quantized:
                 raise CheckpointError(f"{name}.{self.weights[which]} is missing from the checkpoint: it is incomplete")
             return self.quantized[which][expert]
         paths = [pattern.replace("*", str(expert)) for pattern in self.parts[which]]
         slots: list[Any] = [self.get_submodule(path) for path in paths]
         taken = [slot.take(f"{name}.{path}") for slot, path in zip(slots, paths, strict=True)]
-        if len(taken) > 1 and taken[0].zero_point is not None and slots[0].shape[0] * self.scheme.bits % 32:
+        if len(taken) > 1 and taken[0].zero_point is not None and slots[0].shape[0] * self.coding.bits % 32:
             raise CheckpointError(f"{name}: zero points of {slots[0].shape[0]} rows do not fill whole words")
         joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*taken, strict=True)]
         _, N, K = self.shapes[which]
-        weight, format = coalesce(QuantizedWeight(*joined), self.scheme, K, name)
+        weight, format = self.coding.layer(QuantizedWeight(*joined), K, name)
         weight_only = format.weight_only  # experts leave activations as they are
         assert weight_only is not None, "experts in float8 were refused"
         return QuantLinear(weight, (N, K), weight_only)

@@ -23,7 +23,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1; default: the GPU if there is one, else the CPU")
 
 
-def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise: str) -> None:
+Methods = tuple[tuple[str, ...], str]  # names, and what help says of them
+METHODS = ("rtn", "hqq"), "how to round; default: hqq for int4, rtn for int8"
+WITH_DATA = ("gptq", "awq", "smoothquant"), "how to round; default: smoothquant for activations of int8, else gptq"
+
+
+def add_weights(
+    parser: argparse.ArgumentParser,
+    default: str | None,
+    otherwise: str,
+    methods: tuple[tuple[str, ...], str] = METHODS,
+) -> None:
     parser.add_argument(
         "--weights", default=default, metavar="FORMAT", help=f"int4, int8, fp8, int4-g64, ...; {otherwise}"
     )
@@ -35,7 +45,7 @@ def add_weights(parser: argparse.ArgumentParser, default: str | None, otherwise:
     parser.add_argument(
         "--group-size", type=int, metavar="N", help="weights per scale, in place of the format's; -1: one per channel"
     )
-    parser.add_argument("--method", choices=("rtn", "hqq"), help="how to round; default: hqq for int4, rtn for int8")
+    parser.add_argument("--method", choices=methods[0], help=methods[1])
     parser.add_argument("--lm-head", metavar="FORMAT", help="format of the output head, or `none`; default: int8")
     parser.add_argument(
         "--include",
@@ -119,18 +129,44 @@ def optimize(model: Any, args: argparse.Namespace, weights: str, **more: Any) ->
     return patch(
         model,
         weights,
-        activations=args.activations,
-        group_size=args.group_size,
-        method=args.method,
-        lm_head=False if args.lm_head == "none" else args.lm_head,
-        include=args.include or "*",
-        exclude=args.exclude or (),
-        min_coverage=args.min_coverage,
         kv_cache=getattr(args, "kv_cache", None),
         decode=decode(args),
-        keep=False,
+        **chosen(args),
         **more,
     )
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_weights` but --weights, as arguments of `fastllm.optimize` and `fastllm.quantize`."""
+    return {
+        "activations": args.activations,
+        "group_size": args.group_size,
+        "method": args.method,
+        "lm_head": False if args.lm_head == "none" else args.lm_head,
+        "include": args.include or "*",
+        "exclude": args.exclude or (),
+        "min_coverage": args.min_coverage,
+        "keep": False,
+    }
+
+
+def refuse_out(out: Path, model: str) -> None:
+    """Raise ValueError where saving would fail or overwrite something, before minutes are spent."""
+    if out.resolve() == Path(model).resolve():
+        raise ValueError(f"{out} is the model itself: it would be overwritten; name another directory")
+    if out.is_file():
+        raise ValueError(f"{out} is a file; name a directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name a new directory")
+
+
+def save(model: Any, tokenizer: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """Save a model that took so long to quantize; tell it, and return the figures."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    print(f"saved {size / 1e6:.0f} MB of weights to {out}, after {seconds:.1f} s of quantizing")
+    return {"out": str(out), "optimize_s": seconds, "saved_bytes": size}
 
 
 def refuse_options(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from ..quantizers import QUANTIZERS, codes_and_scales, decode
 from .statistics import output_error
 
 STEPS = 20  # powers of the inputs' size that are tried, from 0 (nothing) to nearly 1
+ROWS = 512  # of each weight, evenly spread, on which they are
 SHRINKS = tuple(1 - 0.05 * i for i in range(11))  # of a group's range, from all of it to half
 
 
@@ -26,9 +27,10 @@ def rounder(format: IntFormat) -> str:
 def search(weights: Sequence[Tensor], formats: Sequence[Format], mean: Tensor, hessian: Tensor) -> Tensor:
     """The scale [K] of the channels with which rounding `weights` [N, K] loses least of their outputs.
 
-    mean: of |x|, [K]; hessian: of x x.T, [K, K]. Among those tried is 1, so it is never worse than that.
+    mean: of |x|, [K]; hessian: of x x.T, [K, K]. Among those tried is 1.
     """
     size = sum(w.abs().sum(0) for w in weights) / sum(len(w) for w in weights)
+    some = [w[:: max(1, len(w) // ROWS)] for w in weights]
     a, b = mean.clamp(min=1e-8), torch.as_tensor(size).clamp(min=1e-8)
     best, least = torch.ones_like(a), float("inf")
     tried = [a ** (step / STEPS) for step in range(STEPS)]
@@ -37,8 +39,7 @@ def search(weights: Sequence[Tensor], formats: Sequence[Format], mean: Tensor, h
         scale = raw.clamp(min=1e-4)
         scale = scale / (scale.max() * scale.min()).sqrt()
         error = sum(
-            float(output_error(_loss(w * scale, f) / scale, hessian).sum())
-            for w, f in zip(weights, formats, strict=True)
+            float(output_error(_loss(w * scale, f) / scale, hessian).sum()) for w, f in zip(some, formats, strict=True)
         )
         if error < least:
             best, least = scale, error

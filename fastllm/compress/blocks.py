@@ -1,6 +1,6 @@
 """The blocks of a model, run one by one: what goes into each, and what comes out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,7 +102,7 @@ class Blocks:
             given.append((args, _kept(kwargs)))
             return (hidden,) if pairs[0] else hidden
 
-        with _replaced(self.layers, [first, *[later] * (len(self.layers) - 1)]):
+        with self.replaced(self.layers, [first, *[later] * (len(self.layers) - 1)]):
             mask = None if batch.seen is None else batch.seen.to(self.device).long()
             core = getattr(self.model, self.model.base_model_prefix, self.model)
             options = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
@@ -113,6 +113,22 @@ class Blocks:
         self.hidden.append(states[0].to("cpu"))
         if kind not in self._given:
             self._given[kind] = given
+
+    @staticmethod
+    @contextmanager
+    def replaced(modules: Iterable[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
+        """Let the modules run `forwards`, each given the module itself first."""
+        before = [(module, module.__dict__.get("forward")) for module in modules]
+        try:
+            for (module, _), forward in zip(before, forwards, strict=True):
+                module.__dict__["forward"] = forward.__get__(module)
+            yield
+        finally:
+            for module, old in before:
+                if old is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = old
 
     _pairs: bool | None = None  # whether blocks give tuples
 
@@ -146,19 +162,3 @@ def _kept(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _rows(seen: Tensor | None, x: Tensor) -> Tensor | None:
     """Which rows of x [B, T, K] are no padding; None if all, or if x has lost that order (experts)."""
     return seen.to(x.device) if seen is not None and x.shape[:2] == seen.shape else None
-
-
-@contextmanager
-def _replaced(modules: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Let the modules run `forwards`, each given the module itself first."""
-    before = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module, forward in zip(modules, forwards, strict=True):
-            module.__dict__["forward"] = forward.__get__(module)
-        yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            if old is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = old

@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..formats import Format, QuantizedWeight
+from ..formats import Format, IntFormat, QuantizedWeight
+from ..nn.experts import is_experts
 from ..progress import track
 from .blocks import Blocks
+from .mixtures import Make, expert_rounding
 from .statistics import Statistics
 
 logger = logging.getLogger("fastllm")
 
-Put = Callable[[str, QuantizedWeight], None]  # the name of a layer, and the weight that it gets
+# The name of a layer and the weight that it gets, or of a mixture and how each of its experts gets its weights.
+Put = Callable[[str, QuantizedWeight | Make], None]
 
 
 class Layer(NamedTuple):
@@ -64,6 +67,10 @@ class Solver(ABC):
     def solve(self, weights: Sequence[Tensor], formats: Sequence[Format], seen: Statistics) -> list[QuantizedWeight]:
         """The weights [N, K] of layers with one input, quantized; scales in float32 are rounded by the caller."""
 
+    def expert(self, w: Tensor, format: Format, seen: Statistics) -> QuantizedWeight:
+        """As `solve`, for one projection of an expert, to whose input nothing can be moved."""
+        return self.solve([w], [format], seen)[0]
+
 
 def calibrate(blocks: Blocks, layers: Mapping[str, Layer], solver: Solver, put: Put, quiet: bool = False) -> list[str]:
     """Quantize those of `layers` that lie in `blocks`, and hand each to `put`, which puts it into the model at once.
@@ -75,18 +82,22 @@ def calibrate(blocks: Blocks, layers: Mapping[str, Layer], solver: Solver, put: 
     for index in track(range(len(blocks)), f"calibrating {type(solver).__name__.lower()}", sizes, quiet):
         prefix = f"{blocks.name(index)}."
         mine = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
-        groups = find_groups(blocks, index, mine) if mine else []
+        mixtures = {name: layer for name, layer in mine.items() if is_experts(layer.module)}
+        linears = {name: layer for name, layer in mine.items() if name not in mixtures}
+        groups = find_groups(blocks, index, linears) if linears else []
         if solver.sequential:
             for group in groups:
-                _solve(solver, group, observe(blocks, index, mine, [group], solver.products)[0], mine, put)
+                _solve(solver, group, observe(blocks, index, linears, [group], solver.products)[0], linears, put)
         elif groups:
-            found = observe(blocks, index, mine, groups, solver.products)
-            solver.fold(blocks, index, mine, list(zip(groups, found, strict=True)))
+            found = observe(blocks, index, linears, groups, solver.products)
+            solver.fold(blocks, index, linears, list(zip(groups, found, strict=True)))
             for group, seen in zip(groups, found, strict=True):
-                _solve(solver, group, seen, mine, put)
-        for group in groups:
-            for name in group.names:
-                left.pop(name)
+                _solve(solver, group, seen, linears, put)
+        for name, (experts, format) in mixtures.items():
+            assert isinstance(format, IntFormat)
+            put(name, expert_rounding(blocks, index, name, experts, format, solver.products, solver.expert))
+        for name in (*mixtures, *(name for group in groups for name in group.names)):
+            left.pop(name)
         if index + 1 < len(blocks):
             blocks.advance(index)
     return list(left)

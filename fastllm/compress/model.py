@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoints.choice import Patterns
 from ..formats import Format, Fp8Format, IntFormat, QuantizedWeight
-from ..nn import QuantLinear
+from ..nn import QuantExperts, QuantLinear
 from ..patch.apply import Patch, Put, carry_out, is_patched, planned, without_data
 from ..patch.errors import NotSupportedError, refuse_state
 from ..patch.plan import Decision, Planner
@@ -17,6 +17,7 @@ from ..patch.speedups import Speedups
 from ..probe import probe
 from .blocks import Blocks
 from .calibrate import Layer, Solver, calibrate
+from .mixtures import Make as Rounding
 from .samples import LENGTH, SAMPLES, Batch, Calibration, batches
 from .solvers import AWQ, GPTQ, SmoothQuant
 
@@ -90,12 +91,15 @@ def _calibrated(model: Any, chosen: list[Decision], solver: Solver, data: list[B
     layers = {
         d.name: Layer(model.get_submodule(d.name), d.format)
         for d in chosen
-        if d.kind in ("linear", "conv1d") and d.format is not None
+        if d.kind in ("linear", "conv1d", "experts") and d.format is not None
     }
 
-    def ready(name: str, weight: QuantizedWeight) -> None:
-        def make(kind: Any, original: Any, format: Format) -> QuantLinear:
-            layer = QuantLinear(weight, layers[name].shape, format, original.bias)
+    def ready(name: str, found: QuantizedWeight | Rounding) -> None:
+        def make(kind: Any, original: Any, format: Format) -> nn.Module:
+            if not isinstance(found, QuantizedWeight):
+                assert isinstance(format, IntFormat)
+                return QuantExperts.from_weights(original, format, found)
+            layer = QuantLinear(found, layers[name].shape, format, original.bias)
             layer.transposed = layers[name].transposed
             return layer
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import IntFormat
+from ..formats import IntFormat, QuantizedWeight
 from ..ops.experts import INVARIANT, block_m, expert_matmul, plan_experts
 from ..quantizers import quantize
 from .linear import QuantLinear
@@ -112,21 +112,24 @@ class QuantExperts(nn.Module):
     @classmethod
     def from_experts(cls, experts: Any, format: IntFormat, method: str | None = None) -> "QuantExperts":
         """Quantize each expert of a fused module (see `is_experts`). ValueError if it computes something else."""
+        method = method or ("hqq" if format.bits == 4 else "rtn")
+        return cls.from_weights(experts, format, lambda which, expert, w: quantize(w, format, method))
+
+    @classmethod
+    def from_weights(
+        cls, experts: Any, format: IntFormat, make: Callable[[str, int, Tensor], QuantizedWeight]
+    ) -> "QuantExperts":
+        """As `from_experts`, by make("up" or "down", number of the expert, weight [N, K])."""
         if not agrees(experts):
             raise ValueError(
                 f"{type(experts).__name__} does not compute the sum of its experts that transformers defines"
             )
-        method = method or ("hqq" if format.bits == 4 else "rtn")
         lists: dict[str, list[QuantLinear]] = {"up": [], "down": []}
         for which, layers in lists.items():
             for expert in range(len(experts.down_proj)):
                 weight, bias = expert_weight(experts, which, expert)
-                packed = quantize(weight.detach(), format, method)
-                layers.append(
-                    QuantLinear(
-                        packed, (weight.shape[0], weight.shape[1]), format, None if bias is None else bias.clone()
-                    )
-                )
+                packed, shape = make(which, expert, weight.detach()), (weight.shape[0], weight.shape[1])
+                layers.append(QuantLinear(packed, shape, format, None if bias is None else bias.clone()))
         return cls(lists["up"], lists["down"], experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..formats import Format, Fp8Format
+from ..formats import Format, Fp8Format, Nf4Format
 from .append_kv import append_kv
 from .attention import attention, attention_varlen
 from .decode_attention import decode_attention
@@ -13,6 +13,7 @@ from .fp8_matmul import FP8_LAYOUTS
 from .gated_activation import gated_activation
 from .int8_matmul import INT8_LAYOUTS
 from .layout import Layout, choose
+from .nf4 import NF4_LAYOUTS
 from .norm import layer_norm, norm_add, norm_add_norm, rms_norm
 from .quant_matmul import LAYOUTS, choose_layout, quant_matmul
 from .rotary import rotary
@@ -22,6 +23,7 @@ __all__ = [
     "FP8_LAYOUTS",
     "INT8_LAYOUTS",
     "LAYOUTS",
+    "NF4_LAYOUTS",
     "append_kv",
     "attention",
     "attention_varlen",
@@ -45,6 +47,8 @@ def layouts_of(format: Format) -> Mapping[str, Layout]:
     """Those of the op that multiplies by weights of `format`."""
     if isinstance(format, Fp8Format):
         return FP8_LAYOUTS
+    if isinstance(format, Nf4Format):
+        return NF4_LAYOUTS
     return INT8_LAYOUTS if format.activations else LAYOUTS
 
 
@@ -57,4 +61,4 @@ def what_runs(format: Format, N: int, K: int, dtype: torch.dtype, device: torch.
     """What multiplies by a weight [N, K] of `format`, for the report; with reasons where that is slow."""
     layout, refused = choose(layouts_of(format), format, N, K, dtype, device)
     why = "; ".join(", ".join(reasons) for reasons in refused.values())
-    return f"{layout.runs} ({why})" if layout.slow else layout.runs
+    return f"{layout.runs} ({why})" if layout.slow and why else layout.runs

@@ -28,9 +28,10 @@ def load(
 ) -> PreTrainedModel:
     """The model of the checkpoint `path`, in evaluation mode, as `from_pretrained` gives it but fast.
 
-    path:     a local folder with a compressed-tensors checkpoint (`pack-quantized`), whose layers stay packed; or with
-              a dense one, which `weights` quantizes tensor by tensor, so that it is never in memory as a whole (None:
-              it stays dense, and as it is: `fastllm.optimize` does the rest); or a GGUF file, which is loaded dense
+    path:     a local folder with a checkpoint of compressed-tensors, GPTQ, AWQ (gemm) or bitsandbytes (nf4), whose
+              layers stay packed; or with a dense one, which `weights` quantizes tensor by tensor, so that it is never
+              in memory as a whole (None: it stays dense, and as it is: `fastllm.optimize` does the rest); or a GGUF
+              file, which is loaded dense
     attention, fuse, kv_cache, decode: as in `fastllm.optimize`, for models with packed layers
     settings: dtype, of what is not packed; device_map; weights, activations, group_size, method, lm_head, include and
               exclude, as in `fastllm.optimize`, for dense checkpoints; quiet: no progress; auto_class: a class with

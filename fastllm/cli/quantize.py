@@ -1,0 +1,36 @@
+"""Quantize a model with a look at what goes into its layers, and save it in a public format."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from . import common
+
+HELP = "quantize a model with calibration data, and save it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
+    common.add_weights(parser, "int4", "default: %(default)s", common.WITH_DATA)
+    parser.add_argument("--calib", metavar="FILE", type=Path, help="a text; default: one that comes along")
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
+
+
+def execute(args: argparse.Namespace) -> dict[str, Any]:
+    common.refuse_out(args.out, args.model)
+    if args.calib is not None and not args.calib.is_file():
+        raise FileNotFoundError(f"--calib {args.calib}: there is no such file")
+    model, tokenizer = common.load(args)
+    from ..compress import quantize
+
+    if args.method is None:
+        args.method = "smoothquant" if args.activations == "int8" or args.weights.endswith("-a8") else "gptq"
+    start = time.perf_counter()
+    data = {"calib": args.calib, "tokenizer": tokenizer, "samples": args.samples, "length": args.length}
+    report = quantize(model, args.weights, **data, **common.chosen(args))
+    seconds = time.perf_counter() - start
+    print(report)
+    return {"model": args.model, "report": report.to_dict(), **common.save(model, tokenizer, args.out, seconds)}
