@@ -4,6 +4,7 @@
 
 --only: a word that the names of those to measure contain; the figures of the others stay as they are.
 
+gptq, awq and smoothquant see 128 samples of 512 tokens of the bundled calibration text.
 Writes bench/results/<device>/quality.json and .md.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import copy
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from results import RESULTS, device_name, save
 
 import fastllm
 from fastllm.checkpoints.gguf import load_gguf
+from fastllm.compress.model import METHODS
 from fastllm.data import sample_text
 from fastllm.diagnose import bytes_per_token, perplexity
 
@@ -37,6 +40,12 @@ RUNS: dict[str, dict[str, Any] | None] = {
     },
     "int8-a8": {"weights": "int8", "activations": "int8"},
     "int8-a8, down projections int8": {"weights": {"*.down_proj": "int8", "lm_head": "int8", "*": "int8-a8"}},
+    **{
+        f"{weights} {method}": {"weights": weights, "method": method}
+        for weights in ("int4-g64", "int4-g128", "int4-g64-asym", "int4-g128-asym")
+        for method in ("gptq", "awq")
+    },
+    "int8-a8 smoothquant": {"weights": "int8", "activations": "int8", "method": "smoothquant"},
     "int4-g32 hqq, int4-g32 head": {"weights": "int4-g32", "lm_head": "int4-g32"},
     "int8, int4-g32 head": {"weights": {"lm_head": "int4-g32", "*": "int8"}},
     "int8, int4-g32-asym head": {"weights": {"lm_head": "int4-g32-asym", "*": "int8"}},
@@ -68,17 +77,23 @@ def main() -> None:
         if args.only not in name:
             rows += [kept[name]] if name in kept else []
             continue
-        model = dense
+        model, seconds = dense, 0.0
         if settings:
             model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
-            fastllm.optimize(model, keep=False, quiet=True, **settings)
+            start = time.perf_counter()
+            if settings.get("method") in METHODS:
+                fastllm.quantize(model, tokenizer=tokenizer, keep=False, quiet=True, **settings)
+            else:
+                fastllm.optimize(model, keep=False, quiet=True, **settings)
+            seconds = time.perf_counter() - start
         cache = (settings or {}).get("kv_cache")
         found = perplexity(model, sample_text(), tokenizer, windows=args.windows, kv_cache=cache)
         if settings and settings["weights"] is None:
             fastllm.restore(model)  # whose weights are those of the next
         size = bytes_per_token(model)
-        rows.append({"weights": name, "settings": settings, "perplexity": found.value, "bytes_per_token": size})
-        print(f"{name:30} perplexity {found.value:8.3f}, {size / 1e6:.0f} MB per token", flush=True)
+        told = {"weights": name, "settings": settings, "perplexity": found.value, "bytes_per_token": size}
+        rows.append({**told, "seconds": seconds})
+        print(f"{name:30} perplexity {found.value:8.3f}, {size / 1e6:.0f} MB per token, {seconds:.0f} s", flush=True)
     path = save("quality", rows)
     path.with_suffix(".md").write_text(
         f"Gemma 3 270M, perplexity over {args.windows} windows of 512 tokens of WikiText-2's validation text (the "

@@ -92,7 +92,8 @@ def rows_to_build(capability: int) -> Iterator[Build]:
             yield Build(capability, bits, row.D, tile, one, SQ)
             yield Build(capability, bits, row.D, tile, other, SQ, page=256)
             biased = tuple(BIASED) if bits == 4 and row.D <= 128 else tile
-            yield Build(capability, bits, row.D, biased, one, SQ, ALL if tile[0] == 16 else SOME, 16)
+            roomy = tile[0] == 16 and (bits > 4 or row.D <= 128)
+            yield Build(capability, bits, row.D, biased, one, SQ, ALL if roomy else SOME, 16)
             yield Build(capability, bits, row.D, tile, other, 1, ("kv_start", "WINDOW"))
             if bits == 4:
                 yield Build(capability, bits, row.D // 2 if i == 0 else row.D - 64, tile, other)

@@ -71,29 +71,31 @@ def _items(calib: Calibration) -> Iterable[Any]:
 
 
 def _cut(item: Any, tokenizer: Any, length: int) -> Iterator[Batch]:
-    """The samples of one item, each a batch of one row."""
-    seen = None
+    """The samples of one item, each a batch of one row; those of a text begin as its tokenizer lets texts begin."""
+    seen, begin = None, []
     if isinstance(item, Mapping):
         item, seen = item["input_ids"], item.get("attention_mask")
     if isinstance(item, str):
         if tokenizer is None:
             raise TypeError("calibration with a text needs the tokenizer of the model: tokenizer=")
         item = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.as_tensor(item)
-    if ids.ndim not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.ndim not in (1, 2) or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise TypeError(
             f"calibration data must be texts or token ids [T] or [B, T], got {ids.dtype} {list(ids.shape)}"
         )
     rows = ids.long().cpu().view(-1, ids.shape[-1])
     masks = None if seen is None else torch.as_tensor(seen).cpu().bool().view(rows.shape)
+    first, own = torch.tensor(begin, dtype=torch.int64), length - len(begin)
     for i, row in enumerate(rows):
         if masks is not None:
             yield Batch(row[None, :length], masks[i][None, :length])
             continue
-        stop = max(len(row) // length * length, min(len(row), length))
-        for part in row[:stop].split(length):
+        stop = max(len(row) // own * own, min(len(row), own))
+        for part in row[:stop].split(own):
             if len(part):
-                yield Batch(part[None], None)
+                yield Batch(torch.cat((first, part))[None], None)
 
 
 def _together(samples: list[Batch]) -> Iterator[Batch]:
