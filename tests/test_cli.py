@@ -144,6 +144,22 @@ def test_activations(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "use weights='int8'" in complaint(capsys, "run", model, "-p", "w1", "--activations", "int8")
 
 
+def test_quantize(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text(TEXT)
+    data = ["--calib", str(text), "--samples", "4", "--length", "32"]
+    for options, format in ((["--group-size", "32"], "int4-g32"), (["--method", "smoothquant"], "int8-a8")):
+        out = str(tmp_path / format)
+        found = figures(tmp_path, "quantize", model, out, *data, *options)
+        assert {d["format"] for d in found["report"]["decisions"] if d["kind"] == "linear"} == {format}
+        assert list(figures(tmp_path, "run", out, "-p", "w1 w2", "--new-tokens", "3")["runs"]) == ["quantized"]
+    assert "no such file" in complaint(capsys, "quantize", model, str(tmp_path / "x"), "--calib", "absent.txt")
+    assert "not empty" in complaint(capsys, "quantize", model, out)
+    assert "not for int4" in complaint(
+        capsys, "quantize", model, str(tmp_path / "x"), *data, "--weights", "int4", "--method", "smoothquant"
+    )
+
+
 def test_a_dry_run_changes_and_writes_nothing(model: str, tmp_path: Path) -> None:
     found = figures(tmp_path, "optimize", model, "--dry-run")
     assert found["report"]["dry_run"] and found["report"]["accuracy"] is None and "saved_bytes" not in found

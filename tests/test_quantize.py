@@ -34,7 +34,7 @@ def test_the_quality_of_each_method():
     assert rtn <= 1.02 * dense and hqq <= rtn and gptq <= 1.008 * dense
     assert gptq - dense <= 0.6 * (rtn - dense)
     assert perplexity_of("awq", "int4-g64") < rtn
-    assert perplexity_of("smoothquant", "int8", samples=8) <= 1.01 * dense
+    assert perplexity_of("smoothquant", "int8-a8", samples=8) <= 1.01 * dense
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -74,7 +74,7 @@ def test_without_keeping_there_is_no_way_back():
         ({"calib": torch.rand(1, 9)}, TypeError, "float32"),
         ({"weights": "fp8"}, ValueError, "not for fp8-a8"),
         ({"weights": "int8", "activations": "int8"}, ValueError, "not for int8-a8"),
-        ({"weights": "int4-g64", "method": "smoothquant"}, ValueError, 'is for activations="int8"'),
+        ({"weights": "int4", "method": "smoothquant"}, ValueError, 'is for activations="int8"'),
         ({"weights": {"*.q_proj": "int4"}}, ValueError, "min_coverage"),
     ],
 )

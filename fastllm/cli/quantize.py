@@ -13,7 +13,7 @@ HELP = "quantize a model with calibration data, and save it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
-    common.add_weights(parser, "int4", "default: %(default)s", common.WITH_DATA)
+    common.add_weights(parser, None, "default: int4, or int8-a8 for smoothquant", common.WITH_DATA)
     parser.add_argument("--calib", metavar="FILE", type=Path, help="a text; default: one that comes along")
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
@@ -27,7 +27,8 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     from ..compress import quantize
 
     if args.method is None:
-        args.method = "smoothquant" if args.activations == "int8" or args.weights.endswith("-a8") else "gptq"
+        rounds = args.activations == "int8" or (args.weights or "").endswith("-a8")
+        args.method = "smoothquant" if rounds else "gptq"
     start = time.perf_counter()
     data = {"calib": args.calib, "tokenizer": tokenizer, "samples": args.samples, "length": args.length}
     report = quantize(model, args.weights, **data, **common.chosen(args))

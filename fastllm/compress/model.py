@@ -26,7 +26,7 @@ METHODS: dict[str, type[Solver]] = {"gptq": GPTQ, "awq": AWQ, "smoothquant": Smo
 
 def quantize(
     model: Any,
-    weights: str | Format | Mapping[str, str | Format | None] = "int4",
+    weights: str | Format | Mapping[str, str | Format | None] | None = None,
     *,
     method: str = "gptq",
     calib: Calibration = None,
@@ -45,6 +45,7 @@ def quantize(
 ) -> Report:
     """Quantize a Hugging Face model in place, with calibration data; `fastllm.optimize(model, None)` does the rest.
 
+    weights:   as in `fastllm.optimize`; by default "int4", and "int8" with activations="int8" for smoothquant
     method:    "gptq" (weights of 4 or 8 bits), "awq" (the same), or "smoothquant" (weights and activations of 8 bits)
     calib:     the path of a text file, a text, token ids, or an iterable of texts or ids; None: text that comes along
     tokenizer: of the model, for texts; by default that which lies beside the model
@@ -64,8 +65,8 @@ def quantize(
     if is_patched(model):
         raise NotSupportedError("the model is optimized already; fastllm.restore(model) first")
     refuse_state(model)
-    if method == "smoothquant" and activations is None and isinstance(weights, str) and weights in ("int4", "int8"):
-        weights, activations = "int8", "int8"
+    if weights is None:
+        weights = "int8-a8" if method == "smoothquant" else "int4"
     plan = planned(model, Planner(weights, group_size, lm_head, include, exclude, activations), min_coverage)
     _refuse_formats(plan.chosen, method)
     data = batches(
