@@ -240,6 +240,7 @@ def test_the_demo(tmp_path: Path) -> None:
     for row in (dense, *found["runs"].values()):
         assert set(row) >= KEYS
         assert all(row[key] > 0 for key in KEYS) and row["reloaded_equal"]
+    assert all(row["report"]["generate"]["fastllm"] for row in found["runs"].values())
     for row in found["runs"].values():
         assert row["bytes_per_token"] < 0.55 * dense["bytes_per_token"]
         if row["transformers_alone"] is not None:
