@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from families import build, ids
+from test_samples import Words
 
 from fastllm import QuantLinear
 
@@ -42,7 +43,8 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for old, new in (("path/or/name", "dense"), ("dense/checkpoint", "dense"), ("generate(...)", generate)):
         assert old in code
         code = code.replace(old, new)
-    names = {"ids": ids()}
+    Path("my_texts.txt").write_text(" ".join(map(str, range(60))))
+    names = {"ids": ids(), "tokenizer": Words()}
     exec(compile(code, "README.md", "exec"), names)
     assert names["y"].shape == (2, 4096) and names["report"].coverage > 0.9
     assert isinstance(names["model"].lm_head, QuantLinear)
