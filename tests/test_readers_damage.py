@@ -284,7 +284,7 @@ def test_truncated_and_missing_files_are_named(kind: str, copy: Callable[[str], 
         load(folder, quiet=True)
 
 
-@pytest.mark.parametrize("path", ["../secret.safetensors", "/tmp/secret.safetensors", "a/../../b", "..", "a\\b", ""])
+@pytest.mark.parametrize("path", ["../secret.safetensors", "/secret.safetensors", "a/../../b", "..", "a\\b", ""])
 def test_an_index_that_leads_out_of_the_folder_is_refused(path: str, copy: Callable[[str], Path]) -> None:
     folder = copy("gptq")
     rewrite(folder, lambda tensors: None, shards=2)

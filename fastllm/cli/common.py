@@ -32,7 +32,7 @@ def add_weights(
     parser: argparse.ArgumentParser,
     default: str | None,
     otherwise: str,
-    methods: tuple[tuple[str, ...], str] = METHODS,
+    methods: Methods = METHODS,
 ) -> None:
     parser.add_argument(
         "--weights", default=default, metavar="FORMAT", help=f"int4, int8, fp8, int4-g64, ...; {otherwise}"
