@@ -21,7 +21,7 @@ from results import RESULTS, device_name, save
 
 import fastllm
 from fastllm.checkpoints.gguf import load_gguf
-from fastllm.compress.model import METHODS
+from fastllm.compress.task import METHODS
 from fastllm.data import sample_text
 from fastllm.diagnose import bytes_per_token, perplexity
 

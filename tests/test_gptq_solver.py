@@ -51,7 +51,7 @@ def three_bits(w, hessian, way):
         codes = (grouped / scale[..., None] + 4).round().clamp(0, 7).flatten(1)
     else:
         order = hessian.diagonal().argsort(descending=True)
-        factor = inverse_factor(hessian[order][:, order])
+        factor = inverse_factor(hessian, order)
         codes = torch.empty_like(w)
         codes[:, order] = sweep(w[:, order], factor, scale, zero, (torch.arange(w.shape[1]) // 64)[order], 7).float()
     return decode(codes, scale, zero, 64)
@@ -79,7 +79,7 @@ def test_it_is_near_the_best_of_all_roundings():
         group = torch.zeros(6, dtype=torch.int64)
         order = seen.hessian.diagonal().argsort(descending=True)
         codes = torch.empty(4, 6)
-        factor = inverse_factor(seen.hessian[order][:, order])
+        factor = inverse_factor(seen.hessian, order)
         codes[:, order] = sweep(w[:, order], factor, scale, zero, group, 3).float()
         all_codes = torch.tensor(list(product(range(4), repeat=6))).float()
         for row in range(4):
@@ -93,7 +93,7 @@ def test_it_is_near_the_best_of_all_roundings():
 
 def test_blocks_change_nothing():
     w, seen = next(iter(observed().values()))
-    factor = inverse_factor(seen.hessian.double())
+    factor = inverse_factor(seen.hessian.double(), torch.arange(w.shape[1]))
     codes, scale, zero = codes_and_scales(w, IntFormat(4, 64), "rtn", torch.float32)
     group = torch.arange(w.shape[1]) // 64
     found = [sweep(w.double(), factor, scale, zero, group, 15, block) for block in (1, 32, 128)]

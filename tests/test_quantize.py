@@ -30,9 +30,11 @@ def test_the_quality_of_each_method():
     dense = quality(trained())
     assert abs(dense - DENSE) < 0.002
     assert perplexity_of("rtn", "int8") <= 1.002 * dense
-    rtn, hqq, gptq = (perplexity_of(method, "int4-g64") for method in ("rtn", "hqq", "gptq"))
-    assert rtn <= 1.02 * dense and hqq <= rtn and gptq <= 1.008 * dense
-    assert gptq - dense <= 0.6 * (rtn - dense)
+    rtn, hqq = (perplexity_of(method, "int4-g64") for method in ("rtn", "hqq"))
+    gptq = [perplexity_of("gptq", "int4-g64", samples) for samples in (16, 32, 48)]
+    assert rtn <= 1.02 * dense and hqq <= rtn and max(gptq) <= 1.008 * dense
+    # one of them depends on the last bit of the statistics: 0 to 0.6 of what rounding to nearest costs
+    assert sum(gptq) / 3 - dense <= 0.5 * (rtn - dense)
     assert perplexity_of("awq", "int4-g64") < rtn
     assert perplexity_of("smoothquant", "int8-a8", samples=8) <= 1.01 * dense
 

@@ -43,6 +43,12 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **set
     return make(AutoConfig.for_model(family, **(own | settings)), dtype=dtype).eval()
 
 
+def load(family: str, folder: Any) -> PreTrainedModel:
+    """The model of `family` that was saved to `folder`, as it was."""
+    kind: Any = AutoModel if family == "bert" else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype="auto").eval()
+
+
 def dense_twin(packed: PreTrainedModel, like: PreTrainedModel) -> PreTrainedModel:
     """`like`, a dense model of the same make, with the weights that those of `packed` stand for."""
     inside = tuple(f"{name}." for name, module in packed.named_modules() if isinstance(module, QuantExperts))

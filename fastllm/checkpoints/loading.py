@@ -1,7 +1,7 @@
 """`load`: a model with packed layers, straight from a checkpoint."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -58,25 +58,20 @@ def load(
     if folder.suffix == ".gguf":
         others = {"device_map": device_map, "weights": weights, "auto_class": auto_class, **kwargs}
         return _load_gguf(folder, dtype, [name for name, value in others.items() if value is not None])
-    config = _read_config(folder, bool(kwargs.get("trust_remote_code")))
-    stored = _take_stored(config)
+    config = read_config(folder, bool(kwargs.get("trust_remote_code")))
+    stored = take_stored(config)
     if stored is not None:
         _refuse_stored(folder, stored, weights)
         config.quantization_config = {"quant_method": "fastllm", "stored": stored, "quiet": quiet}
     elif weights is not None:
         settings = (weights, group_size, method, lm_head, include, exclude, quiet, activations)
         kwargs["quantization_config"] = FastllmConfig(*settings)
-    _check_files(folder, packed=stored is not None)
+    check_files(folder, packed=stored is not None)
     kwargs |= {k: v for k, v in (("dtype", dtype), ("device_map", device_map)) if v is not None}
-    with _without_bars(quiet or stored is not None or weights is not None):
-        model_class = auto_class or _model_class(config)
-        model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:8])}; it is "
-            "incomplete, or of another architecture (see auto_class)"
-        )
+    with without_bars(quiet or stored is not None or weights is not None):
+        chosen = auto_class or model_class(config)
+        model, info = chosen.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+    refuse_missing(folder, model, info["missing_keys"])
     if weights is not None and reads_tokens(model) and config.get_text_config() is config:
         refuse_nan(outputs(model, probe(model, None)))
     return model
@@ -95,7 +90,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | str | None, others: list[str]) -
     return load_gguf(path, dtype or torch.bfloat16)[0]
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Of the checkpoint in `folder`; FileNotFoundError or CheckpointError if there is none that can be read."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is neither a folder with a checkpoint nor a .gguf file")
     if not (folder / "config.json").is_file():
@@ -116,7 +112,7 @@ def _check_config(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: it, or its quantization_config, is no table")
 
 
-def _take_stored(config: PretrainedConfig) -> dict[str, Any] | None:
+def take_stored(config: PretrainedConfig) -> dict[str, Any] | None:
     """Take the `quantization_config` out of `config`, where models with several parts keep it with their text part."""
     found = None
     for owner in (config.get_text_config(decoder=True), config):
@@ -138,14 +134,25 @@ def _refuse_stored(folder: Path, stored: Mapping[str, Any], weights: object) -> 
     source_of(stored)  # complains of what cannot be read
 
 
-def _check_files(folder: Path, packed: bool) -> None:
+def check_files(folder: Path, packed: bool) -> list[str]:
+    """The safetensors files of a checkpoint, whose headers can be read; none if it has others and is not packed."""
     files = find_files(folder)
     if not files and (packed or not any(folder.glob("*.bin"))):
         raise FileNotFoundError(f"{folder} has neither model.safetensors nor {INDEX}")
     read_headers(files)
+    return files
 
 
-def _model_class(config: PretrainedConfig) -> Any:
+def refuse_missing(folder: Path, model: Any, missing: Iterable[str]) -> None:
+    """Raise CheckpointError if weights of the model were not in the checkpoint."""
+    if names := sorted(missing):
+        raise CheckpointError(
+            f"{folder} lacks {len(names)} weights of {type(model).__name__}: {', '.join(names[:8])}; it is "
+            "incomplete, or of another architecture (see auto_class)"
+        )
+
+
+def model_class(config: PretrainedConfig) -> Any:
     """The class that config.json names, else the automatic one for language models or for models."""
     names = config.architectures or [""]
     exact = getattr(transformers, names[0], None) if names[0] else None
@@ -155,7 +162,7 @@ def _model_class(config: PretrainedConfig) -> Any:
 
 
 @contextmanager
-def _without_bars(hide: bool) -> Iterator[None]:
+def without_bars(hide: bool) -> Iterator[None]:
     """Without transformers' progress bars, if `hide`."""
     hide = hide and transformers_logging.is_progress_bar_enabled()
     if hide:

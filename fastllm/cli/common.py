@@ -70,7 +70,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers.utils import logging
 
-    device = _device(args.device)
+    where = device(args)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -83,11 +83,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
         from ..patch import load as load_checkpoint
 
-        folder = _folder(args.model)
+        folder = source(args)
         tokenizer = AutoTokenizer.from_pretrained(folder)  # first: it fails at once
         given: dict[str, Any] = {"kv_cache": getattr(args, "kv_cache", None), "decode": decode(args)}
         model = load_checkpoint(folder, dtype=dtype, **given)
-    return model.to(device).eval(), tokenizer
+    return model.to(where).eval(), tokenizer
 
 
 def decode(args: argparse.Namespace) -> bool | str:
@@ -95,13 +95,15 @@ def decode(args: argparse.Namespace) -> bool | str:
     return "compile" if getattr(args, "compile", False) else True
 
 
-def _folder(name: str) -> Path:
-    """The directory `name`, or that of the hub's model of this name in the cache, where it is brought if need be.
+def source(args: argparse.Namespace) -> Path:
+    """The directory, or .gguf file, `args.model`, or that of the hub's model of this name in the cache, where it is
+    brought if need be.
 
     A path that is not there is not looked up on the hub: the complaint would be about a name.
     """
+    name = args.model
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") != 1
-    if Path(name).is_dir() or looks_like_path:
+    if Path(name).is_dir() or name.endswith(".gguf") or looks_like_path:
         if not Path(name).exists():
             raise FileNotFoundError(f"there is no directory {name} (a model on the hub is given as OWNER/NAME)")
         return Path(name)
@@ -110,16 +112,18 @@ def _folder(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=FILES))
 
 
-def _device(name: str | None) -> Any:
+def device(args: argparse.Namespace) -> Any:
+    """The torch device of `args.device`; ValueError for one that is not there."""
     import torch
 
+    name = args.device
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {error}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+    return found
 
 
 def optimize(model: Any, args: argparse.Namespace, weights: str, **more: Any) -> "Report":
@@ -150,20 +154,15 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def refuse_out(out: Path, model: str) -> None:
-    """Raise ValueError where saving would fail or overwrite something, before minutes are spent."""
-    if out.resolve() == Path(model).resolve():
-        raise ValueError(f"{out} is the model itself: it would be overwritten; name another directory")
-    if out.is_file():
-        raise ValueError(f"{out} is a file; name a directory")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; name a new directory")
-
-
 def save(model: Any, tokenizer: Any, out: Path, seconds: float) -> dict[str, Any]:
     """Save a model that took so long to quantize; tell it, and return the figures."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    return saved(out, seconds)
+
+
+def saved(out: Path, seconds: float) -> dict[str, Any]:
+    """Tell of a model that took so long to quantize, and lies in `out`; return the figures."""
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"saved {size / 1e6:.0f} MB of weights to {out}, after {seconds:.1f} s of quantizing")
     return {"out": str(out), "optimize_s": seconds, "saved_bytes": size}

@@ -18,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> dict[str, Any]:
+    from ..checkpoints.folder import refuse_out
+
     if not args.dry_run:
         if args.out is None:
             raise ValueError("name a directory to write to, or pass --dry-run")
-        common.refuse_out(args.out, args.model)
+        refuse_out(args.out, Path(args.model))
     model, tokenizer = common.load(args)
     start = time.perf_counter()
     report = common.optimize(model, args, args.weights, dry_run=args.dry_run)

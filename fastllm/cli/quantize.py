@@ -20,18 +20,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> dict[str, Any]:
-    common.refuse_out(args.out, args.model)
-    if args.calib is not None and not args.calib.is_file():
-        raise FileNotFoundError(f"--calib {args.calib}: there is no such file")
-    model, tokenizer = common.load(args)
+    import torch
+
+    from ..checkpoints.folder import refuse_out
     from ..compress import quantize
 
+    if args.calib is not None and not args.calib.is_file():
+        raise FileNotFoundError(f"--calib {args.calib}: there is no such file")
     if args.method is None:
         rounds = args.activations == "int8" or (args.weights or "").endswith("-a8")
         args.method = "smoothquant" if rounds else "gptq"
     start = time.perf_counter()
-    data = {"calib": args.calib, "tokenizer": tokenizer, "samples": args.samples, "length": args.length}
-    report = quantize(model, args.weights, **data, **common.chosen(args))
+    data = {"calib": args.calib, "samples": args.samples, "length": args.length}
+    settings = data | common.chosen(args)
+    if common.device(args).type == "cpu":
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        report = quantize(common.source(args), args.weights, out=args.out, dtype=dtype, **settings)
+        print(report)
+        return {"model": args.model, "report": report.to_dict(), **common.saved(args.out, time.perf_counter() - start)}
+    refuse_out(args.out, Path(args.model))
+    model, tokenizer = common.load(args)
+    report = quantize(model, args.weights, tokenizer=tokenizer, **settings)
     seconds = time.perf_counter() - start
     print(report)
     return {"model": args.model, "report": report.to_dict(), **common.save(model, tokenizer, args.out, seconds)}

@@ -1,7 +1,7 @@
 """The blocks of a model, run one by one: what goes into each, and what comes out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .samples import Batch
 
+SHOWN = 64  # tokens of an answer that are compared
 Watcher = Callable[[str, Tensor, Tensor | None], bool]
 
 
@@ -79,6 +80,31 @@ class Blocks:
         args, kwargs = self._given[self._kind(self.batches[batch])][index]
         return _first(self.layers[index](self.hidden[batch].to(self.device), *args, **kwargs))
 
+    def outcome(self, hidden: Tensor | None = None) -> Tensor:
+        """What the model answers to the beginning of the first batch, float32 [T, V], T <= 64.
+
+        hidden: what its blocks make of that batch; None: they run.
+        """
+        last = len(self.layers) - 1
+
+        def stub(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if module is not self.layers[last]:
+                return (x,) if self._pairs else x
+            x = _first(type(module).forward(module, x, *args, **kwargs)) if hidden is None else hidden.to(x)
+            return (x[:1, :SHOWN],) if self._pairs else x[:1, :SHOWN]
+
+        layers = self.layers if hidden is not None else self.layers[last:]
+        batch = self.batches[0]
+        with torch.no_grad(), self.replaced(layers, [stub] * len(layers)):
+            out = self._run(self.model, batch)
+        logits = getattr(out, "logits", None)
+        return (out.last_hidden_state if logits is None else logits).flatten(0, -2).float()
+
+    def _run(self, model: Any, batch: Batch) -> Any:
+        mask = None if batch.seen is None else batch.seen.to(self.device).long()
+        options = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
+        return model(input_ids=batch.ids.to(self.device), attention_mask=mask, **options)
+
     def _kind(self, batch: Batch) -> Any:
         """Batches of one kind are given the same masks and positions."""
         return batch.ids.shape if batch.seen is None else id(batch.seen)
@@ -103,13 +129,8 @@ class Blocks:
             return (hidden,) if pairs[0] else hidden
 
         with self.replaced(self.layers, [first, *[later] * (len(self.layers) - 1)]):
-            mask = None if batch.seen is None else batch.seen.to(self.device).long()
-            core = getattr(self.model, self.model.base_model_prefix, self.model)
-            options = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
-            try:
-                core(input_ids=batch.ids.to(self.device), attention_mask=mask, **options)
-            except _Stop:
-                pass
+            with suppress(_Stop):
+                self._run(getattr(self.model, self.model.base_model_prefix, self.model), batch)
         self.hidden.append(states[0].to("cpu"))
         if kind not in self._given:
             self._given[kind] = given

@@ -1,9 +1,8 @@
 """The one driver of calibration: block by block, on what the blocks before, as they are by then, have made."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,9 +11,10 @@ from ..nn.experts import is_experts
 from ..progress import track
 from .blocks import Blocks
 from .mixtures import Make, expert_rounding
-from .statistics import Statistics
+from .statistics import SAMPLE, Statistics
 
-logger = logging.getLogger("fastllm")
+if TYPE_CHECKING:
+    from .work import Work
 
 # The name of a layer and the weight that it gets, or of a mixture and how each of its experts gets its weights.
 Put = Callable[[str, QuantizedWeight | Make], None]
@@ -72,35 +72,47 @@ class Solver(ABC):
         return self.solve([w], [format], seen)[0]
 
 
-def calibrate(blocks: Blocks, layers: Mapping[str, Layer], solver: Solver, put: Put, quiet: bool = False) -> list[str]:
+def calibrate(
+    blocks: Blocks, layers: dict[str, Layer], solver: Solver, put: Put, quiet: bool = False, work: "Work | None" = None
+) -> None:
     """Quantize those of `layers` that lie in `blocks`, and hand each to `put`, which puts it into the model at once.
 
-    Returns the names of layers that ran in no block, or on no data, and so are left to others.
+    They are taken out of `layers`: what is left there ran in no block, or on no data. work: where blocks go when they
+    are done, and come from if they were done before.
     """
-    left = dict(layers)
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks.layers]
     for index in track(range(len(blocks)), f"calibrating {type(solver).__name__.lower()}", sizes, quiet):
-        prefix = f"{blocks.name(index)}."
+        prefix, block = f"{blocks.name(index)}.", blocks.layers[index]
         mine = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
-        mixtures = {name: layer for name, layer in mine.items() if is_experts(layer.module)}
-        linears = {name: layer for name, layer in mine.items() if name not in mixtures}
-        groups = find_groups(blocks, index, linears) if linears else []
-        if solver.sequential:
-            for group in groups:
-                _solve(solver, group, observe(blocks, index, linears, [group], solver.products)[0], linears, put)
-        elif groups:
-            found = observe(blocks, index, linears, groups, solver.products)
-            solver.fold(blocks, index, linears, list(zip(groups, found, strict=True)))
-            for group, seen in zip(groups, found, strict=True):
-                _solve(solver, group, seen, linears, put)
-        for name, (experts, format) in mixtures.items():
-            assert isinstance(format, IntFormat)
-            put(name, expert_rounding(blocks, index, name, experts, format, solver.products, solver.expert))
-        for name in (*mixtures, *(name for group in groups for name in group.names)):
-            left.pop(name)
-        if index + 1 < len(blocks):
+        if work is not None and work.has(index):
+            done = work.give(index, block, mine, prefix, put)
+        else:
+            done = _quantize_block(blocks, index, mine, solver, put)
+        for name in done:
+            del layers[name]
+        if index + 1 < len(blocks) or work is not None:
             blocks.advance(index)
-    return list(left)
+        if work is not None:
+            work.keep(index, block)
+
+
+def _quantize_block(blocks: Blocks, index: int, layers: Mapping[str, Layer], solver: Solver, put: Put) -> list[str]:
+    """The names of the layers that were quantized, all of them in one block."""
+    mixtures = {name: layer for name, layer in layers.items() if is_experts(layer.module)}
+    linears = {name: layer for name, layer in layers.items() if name not in mixtures}
+    groups = find_groups(blocks, index, linears) if linears else []
+    if solver.sequential:
+        for group in groups:
+            _solve(solver, group, observe(blocks, index, linears, [group], solver.products)[0], linears, put)
+    elif groups:
+        found = observe(blocks, index, linears, groups, solver.products)
+        solver.fold(blocks, index, linears, list(zip(groups, found, strict=True)))
+        for group, seen in zip(groups, found, strict=True):
+            _solve(solver, group, seen, linears, put)
+    for name, (experts, format) in mixtures.items():
+        assert isinstance(format, IntFormat)
+        put(name, expert_rounding(blocks, index, name, experts, format, solver.products, solver.expert))
+    return [*mixtures, *(name for group in groups for name in group.names)]
 
 
 def _solve(solver: Solver, group: Group, seen: Statistics, layers: Mapping[str, Layer], put: Put) -> None:
@@ -137,7 +149,11 @@ def observe(
     blocks: Blocks, index: int, layers: Mapping[str, Layer], groups: Sequence[Group], products: bool
 ) -> list[Statistics]:
     """What each of `groups` is given, over all batches."""
-    first = {group.names[0]: Statistics(layers[group.names[0]].shape[1], blocks.device, products) for group in groups}
+    sample = 0 if products else SAMPLE  # one or the other tells what rounding costs
+    first = {
+        group.names[0]: Statistics(layers[group.names[0]].shape[1], blocks.device, products, sample)
+        for group in groups
+    }
     last = groups[-1].names[0] if groups[-1].once else None
 
     def seen(name: str, x: Tensor, rows: Tensor | None) -> bool:

@@ -38,7 +38,7 @@ def gptq(
     nearest, scale, zero = codes_and_scales(w, format, method, dtype)  # [N, K], [N, G], [N, G]
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(w.shape[1], device=w.device)
-    factor = inverse_factor(hessian[order][:, order])
+    factor = inverse_factor(hessian, order)
     if factor is None:
         return packed(nearest, scale, zero, format, dtype), "its inputs do not tell it how to round"
     group = (torch.arange(w.shape[1], device=w.device) // format.group_of(w.shape[1]))[order]
@@ -51,28 +51,32 @@ def gptq(
     return packed(codes, scale, zero, format, dtype), ""
 
 
-def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """Upper triangular U [K, K] with U.T @ U the inverse of the damped `hessian`; None if no damping suffices.
-
-    Inputs that were always 0 tell nothing: they are taken as independent of all others.
+def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor | None:
+    """Upper triangular U [K, K] with U.T @ U the inverse of the damped `hessian`, whose rows and columns are taken in
+    `order` [K]; None if no damping suffices.
     """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
+    return next((factor for damping in DAMPING if (factor := _factor(hessian, order, damping)) is not None), None)
+
+
+def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """With one damping; inputs that were always 0 tell nothing: they are taken as independent of all others.
+
+    With J the exchange of first and last, J H J = L @ L.T gives U = J L**-1 J: no inverse of H is made, and there are
+    never more than two matrices [K, K] beside it in memory.
+    """
+    backwards = order.flip(0)
+    work = hessian[backwards[:, None], backwards]
+    mean = float(work.diagonal().mean())
     if mean <= 0:
         return None
-    diagonal[diagonal == 0] = mean
-    last = 0.0
-    for damping in DAMPING:
-        diagonal += (damping - last) * mean
-        last = damping
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        if int(failed):
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed) and bool(upper.isfinite().all()):
-            return upper
-    return None
+    work.diagonal().masked_fill_(work.diagonal() == 0, mean).add_(damping * mean)
+    work, failed = torch.linalg.cholesky_ex(work)
+    if int(failed):
+        return None
+    inverse = torch.eye(len(order), dtype=work.dtype, device=work.device).mT  # as LAPACK wants it: column by column
+    torch.linalg.solve_triangular(work, inverse, upper=False, out=inverse)
+    del work
+    return inverse.flip(0, 1) if bool(inverse.diagonal().isfinite().all()) else None
 
 
 def sweep(

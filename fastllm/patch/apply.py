@@ -139,7 +139,7 @@ def carry_out(
     report, before = patch.report, outputs(model, ids)
     with ExitStack() as on_failure:
         on_failure.callback(_undo, model, patch)
-        fill(lambda decision, make: _replace(model, decision, patch, make, batch_invariant))
+        fill(lambda decision, make: put_in_place(model, decision, patch, make, batch_invariant))
         if report.plan.chosen:
             patch.hook = SaveHook.attach(model)
         patch.speedups.apply(ids)
@@ -157,7 +157,7 @@ def carry_out(
     model._fastllm = patch
 
 
-def _replace(model: Any, decision: Decision, patch: Patch, make: Make, batch_invariant: bool) -> None:
+def put_in_place(model: Any, decision: Decision, patch: Patch, make: Make, batch_invariant: bool = False) -> None:
     """Put the quantized module where the dense one is; the layer's name goes into any complaint."""
     original, format = model.get_submodule(decision.name), decision.format
     assert format is not None

@@ -1,0 +1,80 @@
+"""`quantize_checkpoint`: from a dense checkpoint to a quantized one, with one block in memory at a time."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..checkpoints import SaveHook
+from ..checkpoints.folder import refuse_out
+from ..checkpoints.loading import without_bars
+from ..checkpoints.mapped import Mapped, load_mapped
+from ..patch.accuracy import agreement
+from ..patch.apply import Make, Patch, put_in_place
+from ..patch.plan import Decision
+from ..patch.report import Report, memory
+from ..patch.speedups import Speedups
+from ..probe import refuse_nan
+from .blocks import Blocks
+from .task import Ask
+from .work import Work, digest
+
+UNFINISHED = "unfinished"  # the folder within the result for what is done so far
+SHARD = 1 << 28  # bytes of a file of the result, unless one tensor has more: so many are in memory twice
+
+
+def quantize_checkpoint(path: Path, out: Path, dtype: torch.dtype | None, ask: Ask) -> Report:
+    """Quantize the checkpoint `path`, a folder or a GGUF file, to the folder `out`.
+
+    Raises ValueError if `out` has anything but the beginning of the same work, which is then gone on with.
+    """
+    refuse_out(out, path, UNFINISHED)
+    model, tokenizer, source = _open(path, dtype)
+    found = ask.of(model, tokenizer)
+    report = Report(model, found.plan, keep=False)
+    patch = Patch(report, Speedups(model, False, False, None, False))
+    blocks = Blocks(model, found.data)
+    before = blocks.outcome()
+    formats = {d.name: d.format.name for d in found.plan.chosen if d.format is not None}
+    settings = {"method": type(found.solver).__name__, "formats": formats, "data": digest(found.data)}
+    work = Work(out / UNFINISHED, settings | {"files": _files(path)}, source)
+
+    def put(decision: Decision, make: Make) -> None:
+        put_in_place(model, decision, patch, make)
+        patch.originals.clear()  # there is no way back, and they would stay in memory
+
+    found.carry_out(put, blocks, work)
+    SaveHook.attach(model)
+    after = blocks.outcome(blocks.hidden[0])
+    refuse_nan(after)
+    report.accuracy = agreement(before, after, report.has_vocabulary, True)
+    report.memory_after = memory(model)
+    del before, after
+    result = out / UNFINISHED / "result"
+    with without_bars(found.quiet):
+        model.save_pretrained(result, max_shard_size=SHARD)
+    if (ask.tokenizer or tokenizer) is not None:
+        (ask.tokenizer or tokenizer).save_pretrained(result)
+    for file in result.iterdir():
+        file.replace(out / file.name)
+    shutil.rmtree(out / UNFINISHED)
+    return report
+
+
+def _open(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, Mapped | None]:
+    """(model, its tokenizer or None, what its weights are read from or None if they are in memory)."""
+    if path.suffix == ".gguf":
+        from ..checkpoints.gguf import load_gguf
+
+        return *load_gguf(path, dtype or torch.bfloat16), None
+    model, source = load_mapped(path, dtype)
+    there = (path / "tokenizer_config.json").is_file()
+    return model, AutoTokenizer.from_pretrained(path) if there else None, source
+
+
+def _files(path: Path) -> dict[str, list[int]]:
+    """The files that a result depends on, with their sizes and times of change."""
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".bin")]
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
