@@ -153,11 +153,25 @@ def test_quantize(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         found = figures(tmp_path, "quantize", model, out, *data, *options)
         assert {d["format"] for d in found["report"]["decisions"] if d["kind"] == "linear"} == {format}
         assert list(figures(tmp_path, "run", out, "-p", "w1 w2", "--new-tokens", "3")["runs"]) == ["quantized"]
+    options = ["--kv-cache", "int4", "--weights", "int8"]
+    figures(tmp_path, "quantize", model, str(tmp_path / "keys"), *data, *options)
     assert "no such file" in complaint(capsys, "quantize", model, str(tmp_path / "x"), "--calib", "absent.txt")
     assert "not empty" in complaint(capsys, "quantize", model, out)
     assert "not for int4" in complaint(
         capsys, "quantize", model, str(tmp_path / "x"), *data, "--weights", "int4", "--method", "smoothquant"
     )
+
+
+def test_quantize_within_a_loss(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, picture, out = tmp_path / "calibration.txt", tmp_path / "curve.svg", str(tmp_path / "out")
+    text.write_text(TEXT)
+    data = ["--calib", str(text), "--samples", "16", "--length", "32", "--weights", "int8,int4-g32"]
+    found = figures(tmp_path, "quantize", model, out, *data, "--max-loss", "0.02", "--plot", str(picture))
+    budget = found["report"]["budget"]
+    assert budget["chosen"]["perplexity"] <= 1.02 * budget["before"]["perplexity"]
+    assert "<svg" in picture.read_text() and "nats a token" in capsys.readouterr().out
+    assert figures(tmp_path, "run", out, "-p", "w1 w2", "--new-tokens", "3")["runs"].keys() == {"quantized"}
+    assert "give both" in complaint(capsys, "quantize", model, str(tmp_path / "x"), "--plot", "a.png")
 
 
 def test_a_dry_run_changes_and_writes_nothing(model: str, tmp_path: Path) -> None:

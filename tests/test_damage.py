@@ -175,7 +175,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"quant_method": "hqq", "bits": 4}, "quantized by 'hqq'.*compressed-tensors, gptq, awq"),
     "format": ({"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized'"),
     "sparse": ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-    "cache": ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
+    "cache": ({"kv_cache_scheme": "fp8"}, "kv_cache_scheme is 'fp8'"),
     "empty": ({"config_groups": {}}, "no config_groups"),
     "activations": (
         {

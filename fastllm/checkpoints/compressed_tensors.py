@@ -3,14 +3,20 @@
 Source: https://github.com/vllm-project/compressed-tensors. What each scheme stores, `Scheme` says.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from .coding import CheckpointError, Source
 from .scheme import FORMAT, METHOD, MIXED, ROUNDING, Scheme, rounding
 
 EXPERTS = r"re:.*\.experts\..*"
+CACHE_SCALES = r"\.[qkv]_(scale|zero_point)$", r"\.[qkv]_proj\.output_(scale|zero_point)$"  # newer and older names
+
+logger = logging.getLogger("fastllm")
 
 
 def build_config(
@@ -73,6 +79,7 @@ class Stored(Source):
         """Raises CheckpointError naming what is not supported, and what to do."""
         _check_types(config)
         _refuse(config)
+        self.cache = config.get("kv_cache_scheme") is not None
         self.ignore = list(config.get("ignore") or [])
         self.groups: list[tuple[list[str], Scheme]] = []
         for name, group in config["config_groups"].items():
@@ -99,6 +106,13 @@ class Stored(Source):
         return next(
             (s for targets, s in self.groups if any(not t.startswith("re:") for t in targets)), self.groups[0][1]
         )
+
+    def leave_out(self, model: PreTrainedModel) -> None:
+        """Let transformers pass over the scales with which servers round keys and values to 8 bits."""
+        if self.cache:
+            logger.info("kv_cache_scheme is not used: fastllm.KVCache has scales of its own for each token")
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*known, *CACHE_SCALES}
 
 
 def _rank(target: str) -> int:
@@ -128,8 +142,9 @@ def _check_types(config: Mapping[str, Any]) -> None:
             except re.error:
                 expect(False, where, name, "a regular expression")
 
-    sparse, groups = config.get("sparsity_config"), config.get("config_groups") or {}
-    expect(sparse is None or isinstance(sparse, Mapping), "sparsity_config", sparse, "a table")
+    groups = config.get("config_groups") or {}
+    for name in ("sparsity_config", "kv_cache_scheme"):
+        expect(isinstance(config.get(name), (Mapping, type(None))), name, config.get(name), "a table")
     patterns("ignore", config.get("ignore"))
     expect(isinstance(groups, Mapping), "config_groups", groups, "a table")
     for key, group in groups.items():
@@ -152,7 +167,6 @@ def _refuse(config: Mapping[str, Any]) -> None:
         for bad, what in (
             (whole not in (FORMAT, *ROUNDING.values(), MIXED), f"format {whole!r}"),
             ((config.get("sparsity_config") or {}).get("format", "dense") != "dense", "a sparsity_config"),
-            (config.get("kv_cache_scheme") is not None, "a quantized KV cache (kv_cache_scheme)"),
             (bool(config.get("transform_config")), "transforms (transform_config)"),
             (not isinstance(config.get("config_groups"), Mapping) or not config["config_groups"], "no config_groups"),
         )

@@ -21,6 +21,7 @@ from ..nn.linear import move_hook
 from ..progress import track
 from .choice import Choice, Patterns
 from .coding import CheckpointError, Source
+from .compressed_tensors import Stored
 from .headers import Header, read_headers
 from .names import Names, without
 from .nf4 import PartRenaming
@@ -116,6 +117,8 @@ class FastllmQuantizer(HfQuantizer):
             self._place_dense(model)
         else:
             self._place_packed(model, headers, self.source)
+            if isinstance(self.source, Stored):
+                self.source.leave_out(model)
         if not self.slots and self.source is not None:
             raise CheckpointError(
                 "the files have no packed layer of those that quantization_config describes: config.json is wrong, or "

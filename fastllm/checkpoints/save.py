@@ -5,6 +5,7 @@ what it cannot is stored dense, with one warning.
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,20 +14,24 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers import HfQuantizer
 
-from ..formats import Nf4Format, QuantizedWeight, dequantize
+from ..formats import Nf4Format
 from ..nn import QuantExperts, QuantLinear
-from ..nn.experts import up_name
 from .compressed_tensors import build_config
 from .names import Names, expert_weights, without
 from .scheme import Scheme
+from .store import store, store_experts
 
 MISSING = object()
+CacheScales = Mapping[str, tuple[Tensor, Tensor]]  # by attention: the scales of keys and values, [1] each
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 class Storage:
     """How each packed layer of a model is to be stored."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, cache_scales: CacheScales | None = None):
+        there = dict(model.named_modules())  # of the whole, or of the part that is saved
+        self.cache_scales = {name: scales for name, scales in (cache_scales or {}).items() if name in there}
         self.names = Names(model)
         self.prefix, self.is_base = model.base_model_prefix, model.base_model is model
         self.linears: dict[str, tuple[QuantLinear, Scheme | None]] = {}
@@ -83,7 +88,10 @@ class Storage:
         base = f"{self.prefix}." if self.is_base and self.prefix else ""
         layers = {base + name: scheme for name, (_, scheme) in self.linears.items() if scheme is not None}
         experts = self.experts_scheme if any(name not in self.why for name in self.experts) else None
-        return build_config(layers, experts, [base + name for name in self.dense], self.prefix)
+        config = build_config(layers, experts, [base + name for name in self.dense], self.prefix)
+        if config is not None and self.cache_scales:
+            config["kv_cache_scheme"] = dict(FP8_CACHE)
+        return config
 
     def refuse(self) -> None:
         """Raise ValueError for what readers of the format would misread or refuse."""
@@ -125,9 +133,12 @@ class Storage:
         """Every tensor to be written; no two of them share memory if `untied`."""
         state = model.state_dict()
         for name, (layer, scheme) in self.linears.items():
-            _store(state, name, layer, scheme)
+            store(state, name, layer, scheme)
         for name, module in self.experts.items():
-            _store_experts(state, name, module, None if name in self.why else self.experts_scheme, self.names)
+            store_experts(state, name, module, None if name in self.why else self.experts_scheme, self.names)
+        for name, scales in self.cache_scales.items():
+            parts = zip(("k_scale", "v_scale"), scales, strict=True)
+            state.update({f"{name}.{part}": scale.to(model.dtype) for part, scale in parts})
         if untied:
             seen: set[int] = set()
             for name, tensor in state.items():
@@ -145,56 +156,6 @@ def _unstorable(layer: QuantLinear) -> str:
 
 def _layers(experts: QuantExperts) -> list[QuantLinear]:
     return [*experts.up, *experts.down]
-
-
-def _take(state: dict[str, Tensor], name: str) -> QuantizedWeight:
-    """Take the weight of the layer `name`, at rest, out of `state`."""
-    packed, scale = state.pop(f"{name}.weight_packed"), state.pop(f"{name}.weight_scale")
-    return QuantizedWeight(packed, scale, state.pop(f"{name}.weight_zero_point", None))
-
-
-def _put(state: dict[str, Tensor], name: str, parts: dict[str, Tensor]) -> None:
-    state.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
-
-
-def _store(state: dict[str, Tensor], name: str, layer: QuantLinear, scheme: Scheme | None) -> None:
-    """Rewrite the entries of a layer in `state` as `scheme` has them; dense if it is None."""
-    weight = _take(state, name)
-    if scheme is not None:
-        _put(state, name, scheme.tensors(scheme.regroup(weight, layer.format, layer.in_features), *layer.shape))
-        return
-    dense = dequantize(weight, layer.format, layer.shape, weight.scale.dtype)
-    state[f"{name}.weight"] = dense.t().contiguous() if layer.transposed else dense
-
-
-def _store_experts(
-    state: dict[str, Tensor], name: str, module: QuantExperts, scheme: Scheme | None, names: Names
-) -> None:
-    """Rewrite the entries of `module` in `state`: one layer for each expert and projection, or dense 3-D weights."""
-    for inner in [key for key in state if key.startswith(f"{name}.shell.")]:
-        state[f"{name}.{inner.removeprefix(f'{name}.shell.')}"] = state.pop(inner)
-    for which, target in (("up", up_name(module.shell)), ("down", "down_proj")):
-        layers: Any = getattr(module, which)
-        patterns = names.experts(name, target) or []
-        dense = []
-        for i, layer in enumerate(layers):
-            weight, (N, K) = _take(state, f"{name}.{which}.{i}"), layer.shape
-            if scheme is None:
-                w = dequantize(weight, layer.format, layer.shape, weight.scale.dtype)
-                dense.append(w.t() if module.shell.is_transposed else w)
-                continue
-            weight = scheme.regroup(weight, layer.format, K)
-            rows = N // len(patterns)
-            for part, pattern in enumerate(patterns):
-                here = slice(part * rows, (part + 1) * rows)
-                half = QuantizedWeight(weight.packed[here].clone(), weight.scale[here].clone())
-                _put(state, pattern.replace("*", str(i)), scheme.tensors(half, rows, K))
-        if dense:
-            state[f"{name}.{target}"] = torch.stack(dense)
-        if module.shell.has_bias:
-            state[f"{name}.{target}_bias"] = torch.stack(
-                [state.pop(f"{name}.{which}.{i}.bias") for i in range(len(layers))]
-            )
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -216,18 +177,23 @@ class SaveHook(HfQuantizer):
         self._model = model
         self._undo: list[tuple[Any, str, Any]] = []
         self._untied = False
+        self._cache_scales: CacheScales | None = None
 
     @classmethod
-    def attach(cls, model: PreTrainedModel) -> "SaveHook":
-        """Let `model` be saved with its packed layers. Its config tells their formats; a packed head is not tied."""
+    def attach(cls, model: PreTrainedModel, cache_scales: CacheScales | None = None) -> "SaveHook":
+        """Let `model` be saved with its packed layers. Its config tells their formats; a packed head is not tied.
+
+        cache_scales: for servers' caches of keys and values in fp8, saved as compressed-tensors has them.
+        """
         hook = cls(model)
+        hook._cache_scales = cache_scales
         if not isinstance(model, PreTrainedModel):
             return hook
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 hook._set(module, "hf_quantizer", hook)
         hook._untie()
-        hook._describe(model, cls.storage(model))
+        hook._describe(model, cls.storage(model, cache_scales))
         return hook
 
     def detach(self) -> None:
@@ -274,7 +240,7 @@ class SaveHook(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(the tensors to write for `model`, which may be a part of the whole; no metadata). Updates its config."""
-        storage = self.storage(model)
+        storage = self.storage(model, self._cache_scales)
         storage.refuse()
         for owner, name, old in self._undo:  # a part that was saved before is no checkpoint of its own any more
             if name == "quantization_config" and owner is not model.config and owner is not self._model.config:

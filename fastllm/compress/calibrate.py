@@ -14,6 +14,8 @@ from .mixtures import Make, expert_rounding
 from .statistics import SAMPLE, Statistics
 
 if TYPE_CHECKING:
+    from .cache_scales import CacheScales
+    from .fold import Change
     from .work import Work
 
 # The name of a layer and the weight that it gets, or of a mixture and how each of its experts gets its weights.
@@ -54,8 +56,12 @@ class Group(NamedTuple):
 class Solver(ABC):
     """A way to choose the numbers of quantized weights, given what goes into the layers."""
 
+    changes: list["Change"]  # all parameters that were exchanged, as they were
     sequential = True  # whether a layer's input is to come from layers that are quantized already
     products = True  # whether it wants the sum of x x.T
+
+    def __init__(self) -> None:
+        self.changes = []
 
     def fold(
         self, blocks: Blocks, index: int, layers: Mapping[str, Layer], found: list[tuple[Group, Statistics]]
@@ -73,12 +79,18 @@ class Solver(ABC):
 
 
 def calibrate(
-    blocks: Blocks, layers: dict[str, Layer], solver: Solver, put: Put, quiet: bool = False, work: "Work | None" = None
+    blocks: Blocks,
+    layers: dict[str, Layer],
+    solver: Solver,
+    put: Put,
+    quiet: bool = False,
+    work: "Work | None" = None,
+    cache: "CacheScales | None" = None,
 ) -> None:
     """Quantize those of `layers` that lie in `blocks`, and hand each to `put`, which puts it into the model at once.
 
     They are taken out of `layers`: what is left there ran in no block, or on no data. work: where blocks go when they
-    are done, and come from if they were done before.
+    are done, and come from if they were done before. cache: what is to be done for a cache of keys and values.
     """
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks.layers]
     for index in track(range(len(blocks)), f"calibrating {type(solver).__name__.lower()}", sizes, quiet):
@@ -87,9 +99,12 @@ def calibrate(
         if work is not None and work.has(index):
             done = work.give(index, block, mine, prefix, put)
         else:
+            solver.changes += [] if cache is None else cache.prepare(blocks, index)
             done = _quantize_block(blocks, index, mine, solver, put)
         for name in done:
             del layers[name]
+        if cache is not None:
+            cache.finish(blocks, index)
         if index + 1 < len(blocks) or work is not None:
             blocks.advance(index)
         if work is not None:

@@ -54,7 +54,7 @@ def batches(
             raise ValueError(
                 f"the calibration data has token {low if low < 0 else high}, outside of 0 to {vocabulary - 1}"
             )
-    return list(_together(found))
+    return list(together(found))
 
 
 def _items(calib: Calibration) -> Iterable[Any]:
@@ -98,7 +98,7 @@ def _cut(item: Any, tokenizer: Any, length: int) -> Iterator[Batch]:
                 yield Batch(torch.cat((first, part))[None], None)
 
 
-def _together(samples: list[Batch]) -> Iterator[Batch]:
+def together(samples: list[Batch]) -> Iterator[Batch]:
     """Samples of equal length without padding, in larger batches; those with padding as they are."""
     of_length: dict[int, list[Tensor]] = {}
     for ids, seen in samples:

@@ -1,6 +1,7 @@
 """`quantize_checkpoint`: from a dense checkpoint to a quantized one, with one block in memory at a time."""
 
 import shutil
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,17 @@ UNFINISHED = "unfinished"  # the folder within the result for what is done so fa
 SHARD = 1 << 28  # bytes of a file of the result, unless one tensor has more: so many are in memory twice
 
 
-def quantize_checkpoint(path: Path, out: Path, dtype: torch.dtype | None, ask: Ask) -> Report:
-    """Quantize the checkpoint `path`, a folder or a GGUF file, to the folder `out`.
+def quantize_checkpoint(path: Path, to: str | PathLike[str] | None, dtype: torch.dtype | None, ask: Ask) -> Report:
+    """Quantize the checkpoint `path`, a folder or a GGUF file, to the folder `to`.
 
-    Raises ValueError if `out` has anything but the beginning of the same work, which is then gone on with.
+    Raises ValueError if that is not given, or has anything in it but the beginning of the same work, which then goes
+    on.
     """
+    if ask.goal is not None:
+        raise ValueError(f"max_loss measures a model in memory: fastllm.load({str(path)!r}) first")
+    if to is None:
+        raise ValueError(f"where should the quantized {path} go? quantize(path, out=folder)")
+    out = Path(to)
     refuse_out(out, path, UNFINISHED)
     model, tokenizer, source = _open(path, dtype)
     found = ask.of(model, tokenizer)
@@ -38,15 +45,17 @@ def quantize_checkpoint(path: Path, out: Path, dtype: torch.dtype | None, ask: A
     blocks = Blocks(model, found.data)
     before = blocks.outcome()
     formats = {d.name: d.format.name for d in found.plan.chosen if d.format is not None}
-    settings = {"method": type(found.solver).__name__, "formats": formats, "data": digest(found.data)}
+    settings: dict[str, Any] = {"method": type(found.solver).__name__, "formats": formats, "data": digest(found.data)}
+    settings["kv_cache"] = ask.kv_cache
     work = Work(out / UNFINISHED, settings | {"files": _files(path)}, source)
 
     def put(decision: Decision, make: Make) -> None:
         put_in_place(model, decision, patch, make)
         patch.originals.clear()  # there is no way back, and they would stay in memory
+        found.solver.changes.clear()
 
     found.carry_out(put, blocks, work)
-    SaveHook.attach(model)
+    SaveHook.attach(model, found.cache.complete())
     after = blocks.outcome(blocks.hidden[0])
     refuse_nan(after)
     report.accuracy = agreement(before, after, report.has_vocabulary, True)

@@ -1,15 +1,18 @@
 """A model, what is to become of its layers, and the data that tells how."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from ..formats import Format, Fp8Format, IntFormat, QuantizedWeight
 from ..nn import QuantExperts, QuantLinear
-from ..patch.apply import Put, planned, without_data
-from ..patch.errors import refuse_state
+from ..patch.apply import Put, is_patched, planned, without_data
+from ..patch.errors import NotSupportedError, refuse_state
 from ..patch.plan import Decision, Plan, Planner
 from .blocks import Blocks
+from .cache_scales import CacheScales
 from .calibrate import Layer, Solver, calibrate
 from .mixtures import Make as Rounding
 from .samples import Batch, Calibration, batches
@@ -17,6 +20,14 @@ from .solvers import AWQ, GPTQ, SmoothQuant
 from .work import Work
 
 METHODS: dict[str, type[Solver]] = {"gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant}
+
+
+class Goal(NamedTuple):
+    """A loss to stay within, the formats to choose from, and what the loss is measured on."""
+
+    max_loss: float
+    formats: list[IntFormat]
+    test: Calibration
 
 
 class Ask(NamedTuple):
@@ -29,21 +40,34 @@ class Ask(NamedTuple):
     samples: int
     length: int
     min_coverage: float
+    kv_cache: str | None
+    goal: Goal | None
     quiet: bool
 
-    def of(self, model: Any, tokenizer: Any) -> "Task":
+    def of(self, model: Any, tokenizer: Any = None) -> "Task":
         """For one model. tokenizer: if none was given. Raises what `fastllm.quantize` does; nothing is changed yet."""
         if self.method not in METHODS:
             raise ValueError(
                 f"unknown method {self.method!r}; with data there are {', '.join(METHODS)}, without data "
                 'fastllm.optimize(method="rtn" or "hqq")'
             )
+        if is_patched(model):
+            raise NotSupportedError("the model is optimized already; fastllm.restore(model) first")
         refuse_state(model)
         plan = planned(model, self.planner, self.min_coverage)
         _refuse_formats(plan.chosen, self.method)
         vocabulary = model.config.get_text_config().vocab_size
-        data = batches(self.calib, self.tokenizer or tokenizer, vocabulary, self.samples, self.length)
-        return Task(model, plan, METHODS[self.method](), data, self.quiet)
+        tokenizer = self.tokenizer or tokenizer or tokenizer_of(model, self.calib)
+        data = batches(self.calib, tokenizer, vocabulary, self.samples, self.length)
+        return Task(model, plan, METHODS[self.method](), data, tokenizer, CacheScales(self.kv_cache), self.quiet)
+
+
+def tokenizer_of(model: Any, calib: Calibration) -> Any:
+    """That which lies beside the model, if one is needed and there."""
+    folder = Path(getattr(model, "name_or_path", "") or "")
+    if isinstance(calib, Tensor) or not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _refuse_formats(chosen: list[Decision], method: str) -> None:
@@ -65,6 +89,8 @@ class Task(NamedTuple):
     plan: Plan
     solver: Solver
     data: list[Batch]
+    tokenizer: Any
+    cache: CacheScales
     quiet: bool
 
     def carry_out(self, put: Put, blocks: Blocks | None = None, work: Work | None = None) -> None:
@@ -88,5 +114,5 @@ class Task(NamedTuple):
 
             put(of.pop(name), make)
 
-        calibrate(blocks or Blocks(self.model, self.data), layers, self.solver, ready, self.quiet, work)
+        calibrate(blocks or Blocks(self.model, self.data), layers, self.solver, ready, self.quiet, work, self.cache)
         without_data(list(of.values()), None, self.quiet, put)

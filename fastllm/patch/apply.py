@@ -32,6 +32,7 @@ class Patch:
         self.loaded = False  # whether the layers came packed
         self.originals: dict[str, nn.Module] = {}
         self.changes: list[tuple[nn.Module, str, nn.Parameter]] = []  # parameters that were exchanged, as they were
+        self.cache_scales: dict[str, tuple[Tensor, Tensor]] = {}  # to be saved for servers' caches
         self.hook: SaveHook | None = None
 
 
@@ -141,7 +142,7 @@ def carry_out(
         on_failure.callback(_undo, model, patch)
         fill(lambda decision, make: put_in_place(model, decision, patch, make, batch_invariant))
         if report.plan.chosen:
-            patch.hook = SaveHook.attach(model)
+            patch.hook = SaveHook.attach(model, patch.cache_scales)
         patch.speedups.apply(ids)
         after = outputs(model, ids)
         if not bool(before.isnan().any()):

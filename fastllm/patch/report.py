@@ -40,6 +40,7 @@ class Report:
         self.has_vocabulary = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
         self.memory_before, self.memory_after, self.memory_kept = memory(model), 0, 0
         self.accuracy: Accuracy | None = None
+        self.budget: Any = None  # of `fastllm.quantize(max_loss=...)`: what was chosen and measured
         self.speedups: Any = None  # attention, fused modules and the decoding loop (`fastllm.patch.speedups`)
 
     @property
@@ -77,6 +78,7 @@ class Report:
             names = found[0].name if len(found) == 1 else f"{found[0].name} and {len(found) - 1} more"
             lines.append(f"  skipped {names} ({size(sum(d.before for d in found))}): {reason}")
         if not self.dry_run:
+            lines += [] if self.budget is None else [f"  budget: {self.budget.summary()}"]
             lines += [f"  {line}" for line in self.speedups.lines()]
             kept = f" + {size(self.memory_kept)} of originals (keep=False frees them)" if self.keep else ""
             lines.append(f"  memory {size(self.memory_before)} -> {size(self.memory_after)}{kept}")
@@ -108,5 +110,6 @@ class Report:
             "memory_of_originals": self.memory_kept,
             "accuracy": asdict(self.accuracy) if self.accuracy else None,
             "decisions": decisions,
+            **({} if self.budget is None else {"budget": self.budget.to_dict()}),
             **self.speedups.to_dict(),
         }
