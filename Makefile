@@ -1,10 +1,10 @@
-# make demo | test | lint | bench. Each first builds .venv from the pinned requirements, unless it is up to date.
+# make demo | test | test-peers | lint | bench. Each first builds .venv from the pinned requirements, unless it is up to date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint bench venv clean
+.PHONY: demo test test-slow test-peers lint bench venv clean
 
 demo: venv
 	$(BIN)/fastllm demo
@@ -14,6 +14,11 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# Against the libraries that define the formats, which are installed beside what is there.
+test-peers: venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements/peers.txt
+	$(BIN)/python -m pytest -m "peers and not slow"
 
 lint: venv
 	$(BIN)/ruff check

@@ -5,7 +5,7 @@
 --only: a word that the names of those to measure contain; the figures of the others stay as they are.
 
 gptq, awq and smoothquant see 128 samples of 512 tokens of the bundled calibration text.
-Writes bench/results/<device>/quality.json and .md.
+Writes bench/results/<device>/quality.json and .md, and for max_loss budget.txt and budget.png.
 """
 
 import argparse
@@ -45,7 +45,9 @@ RUNS: dict[str, dict[str, Any] | None] = {
         for weights in ("int4-g64", "int4-g128", "int4-g64-asym", "int4-g128-asym")
         for method in ("gptq", "awq")
     },
+    "bf16, fused, calibrated for int4 keys and values": {"weights": {}, "kv_cache": "int4"},
     "int8-a8 smoothquant": {"weights": "int8", "activations": "int8", "method": "smoothquant"},
+    "max_loss=0.02": {"max_loss": 0.02},
     "int4-g32 hqq, int4-g32 head": {"weights": "int4-g32", "lm_head": "int4-g32"},
     "int8, int4-g32 head": {"weights": {"lm_head": "int4-g32", "*": "int8"}},
     "int8, int4-g32-asym head": {"weights": {"lm_head": "int4-g32-asym", "*": "int8"}},
@@ -63,43 +65,58 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def quantized(dense: Any, settings: dict[str, Any], tokenizer: Any, folder: Path) -> Any:
+    """A copy of the model that shares what is not replaced, as `settings` say."""
+    model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
+    if settings.get("method") not in METHODS and "max_loss" not in settings and settings["weights"] != {}:
+        fastllm.optimize(model, keep=False, quiet=True, **settings)
+        return model
+    report = fastllm.quantize(model, tokenizer=tokenizer, keep=False, quiet=True, **settings)
+    if settings.get("weights") == {}:
+        fastllm.optimize(model, None, quiet=True)
+    if report.budget is not None:
+        (folder / "budget.txt").write_text(f"{report.budget}\n")
+        report.budget.draw(folder / "budget.png")
+    return model
+
+
+def note(path: Path, row: dict[str, Any], windows: int) -> list[dict[str, Any]]:
+    """Put a row in the place of that of its name in the result file, which is written: all rows."""
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {row["weights"]: row for row in found} | {row["weights"]: row}
+    kept = [rows[name] for name in RUNS if name in rows]
+    save("quality", kept)
+    path.with_suffix(".md").write_text(
+        f"Gemma 3 270M, perplexity over {windows} windows of 512 tokens of WikiText-2's validation text (the "
+        "bundled sample), first token replaced by bos. The output head has one 8-bit scale per word where no other is "
+        "named.\n\n" + table(kept)
+    )
+    return kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=10, help="of 512 tokens (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="WORD", help="measure only those; keep the others' figures")
+    parser.add_argument("--only", default="", metavar="WORD", help="measure only those")
     args = parser.parse_args()
     path = RESULTS / device_name() / "quality.json"
-    kept = {row["weights"]: row for row in json.loads(path.read_text())["rows"]} if args.only else {}
     with tempfile.TemporaryDirectory() as folder:
         dense, tokenizer = load_gguf(assemble(Path(folder, MODEL_NAME)))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, settings in RUNS.items():
         if args.only not in name:
-            rows += [kept[name]] if name in kept else []
             continue
-        model, seconds = dense, 0.0
-        if settings:
-            model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
-            start = time.perf_counter()
-            if settings.get("method") in METHODS:
-                fastllm.quantize(model, tokenizer=tokenizer, keep=False, quiet=True, **settings)
-            else:
-                fastllm.optimize(model, keep=False, quiet=True, **settings)
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        model = quantized(dense, settings, tokenizer, path.parent) if settings else dense
+        seconds = time.perf_counter() - start if settings else 0.0
         cache = (settings or {}).get("kv_cache")
         found = perplexity(model, sample_text(), tokenizer, windows=args.windows, kv_cache=cache)
-        if settings and settings["weights"] is None:
+        if settings and not settings.get("weights", "some"):
             fastllm.restore(model)  # whose weights are those of the next
         size = bytes_per_token(model)
         told = {"weights": name, "settings": settings, "perplexity": found.value, "bytes_per_token": size}
-        rows.append({**told, "seconds": seconds})
+        rows = note(path, {**told, "seconds": seconds}, args.windows)
         print(f"{name:30} perplexity {found.value:8.3f}, {size / 1e6:.0f} MB per token, {seconds:.0f} s", flush=True)
-    path = save("quality", rows)
-    path.with_suffix(".md").write_text(
-        f"Gemma 3 270M, perplexity over {args.windows} windows of 512 tokens of WikiText-2's validation text (the "
-        "bundled sample), first token replaced by bos. The output head has one 8-bit scale per word where no other is "
-        "named.\n\n" + table(rows)
-    )
     print(f"\n{table(rows)}\nwritten: {path}")
 
 

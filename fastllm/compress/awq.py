@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..formats import Format, IntFormat
 from ..quantizers import QUANTIZERS, codes_and_scales, decode
+from .fold import Share, same
 from .statistics import output_error
 
 STEPS = 20  # powers of the inputs' size that are tried, from 0 (nothing) to nearly 1
@@ -24,14 +25,17 @@ def rounder(format: IntFormat) -> str:
     return "hqq" if format.symmetric else "rtn"
 
 
-def search(weights: Sequence[Tensor], formats: Sequence[Format], mean: Tensor, hessian: Tensor) -> Tensor:
+def search(
+    weights: Sequence[Tensor], formats: Sequence[Format], mean: Tensor, hessian: Tensor, share: Share = same
+) -> Tensor:
     """The scale [K] of the channels with which rounding `weights` [N, K] loses least of their outputs.
 
-    mean: of |x|, [K]; hessian: of x x.T, [K, K]. Among those tried is 1.
+    mean: of |x|, [K]; hessian: of x x.T, [K, K]; share: makes a vector [K] equal where channels are to have equal
+    scales. Among those tried is 1.
     """
-    size = sum(w.abs().sum(0) for w in weights) / sum(len(w) for w in weights)
+    size = torch.stack([w.abs().sum(0) for w in weights]).sum(0) / sum(len(w) for w in weights)
     some = [w[:: max(1, len(w) // ROWS)] for w in weights]
-    a, b = mean.clamp(min=1e-8), torch.as_tensor(size).clamp(min=1e-8)
+    a, b = share(mean).clamp(min=1e-8), share(size).clamp(min=1e-8)
     best, least = torch.ones_like(a), float("inf")
     tried = [a ** (step / STEPS) for step in range(STEPS)]
     tried += [a ** (step / STEPS) / b ** (1 - step / STEPS) for step in range(STEPS)]

@@ -57,7 +57,7 @@ def quantize(
     tokenizer: of the model, for texts; by default that which lies beside the model
     samples, length: at most so many samples, of at most so many tokens
     kv_cache:  "int8" or "int4": keys become such that this cache of `fastllm.optimize` loses less of them; "fp8": the
-               scales that servers want for theirs are found, and saved with the model; None: neither
+               scales that servers want for theirs are found, and saved with the model; with weights={} that alone
     test:      what max_loss is measured on, as `calib`; by default text that comes along, or an eighth of your `calib`
     prompt:    of a model: token ids [1, T] for the accuracy check; by default the beginning of the calibration data
     out:       of a path: where the result goes, with its tokenizer; one block at a time is in memory, on the CPU,

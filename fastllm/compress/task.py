@@ -54,7 +54,8 @@ class Ask(NamedTuple):
         if is_patched(model):
             raise NotSupportedError("the model is optimized already; fastllm.restore(model) first")
         refuse_state(model)
-        plan = planned(model, self.planner, self.min_coverage)
+        cache_alone = self.kv_cache is not None and not self.planner.choice.table
+        plan = self.planner.plan(model) if cache_alone else planned(model, self.planner, self.min_coverage)
         _refuse_formats(plan.chosen, self.method)
         vocabulary = model.config.get_text_config().vocab_size
         tokenizer = self.tokenizer or tokenizer or tokenizer_of(model, self.calib)
