@@ -11,7 +11,7 @@ from trained import WINDOW, calibration, linears, quality, text, trained
 
 import fastllm
 from fastllm.compress.blocks import Blocks
-from fastllm.compress.budget import Point, formats_at, formats_of, path, search
+from fastllm.compress.budget import Point, Step, formats_after, formats_of, path, search
 from fastllm.compress.samples import batches
 from fastllm.compress.sensitivity import foresee, head_loss, texts
 from fastllm.compress.solvers import GPTQ
@@ -40,7 +40,7 @@ def test_the_path_takes_what_saves_most_for_its_loss() -> None:
     assert [("abc"[step.unit], step.format) for step in steps] == [
         ("c", EIGHT), ("a", EIGHT), ("b", WIDE), ("a", FOUR), ("a", WIDE), ("c", WIDE)
     ]  # fmt: skip
-    assert formats_at(steps, 4, 3) == [FOUR, WIDE, EIGHT]
+    assert formats_after(steps[:4], 3) == [FOUR, WIDE, EIGHT]
     assert [step.saved for step in steps] == [500, 500, 740, 220, 20, 240]
     slopes = [step.lost / step.saved for step in steps]
     assert slopes == sorted(slopes)
@@ -56,17 +56,28 @@ def test_the_search_finds_the_longest_way_that_is_allowed(factor: float, count: 
         lost.append(lost[-1] + step.lost)
     asked = []
 
-    def measure(k: int) -> float:
-        asked.append(k)
-        return factor * lost[k] ** 1.2
+    def measure(made: list[Step]) -> float:
+        asked.append(tuple(step.unit for step in made))
+        return factor * sum(step.lost for step in made) ** 1.2
 
     for allowed in (-1.0, 0.0, 0.004, 0.02, 100.0):
         asked.clear()
         found = search(steps, measure, allowed, 1000 * max(count, 1))
+        assert len(asked) <= 10 and len(asked) == len(set(asked))
         best = max([k for k in range(count + 1) if factor * lost[k] ** 1.2 <= allowed], default=0)
-        assert found == 0 or factor * lost[found] ** 1.2 <= allowed
-        assert best - found <= max(2, 0.02 * count), (allowed, found, best, asked)
-        assert len(asked) <= 8 and len(asked) == len(set(asked))
+        assert not found or measure(found) <= allowed
+        assert best - len(found) <= max(2, 0.02 * count), (allowed, len(found), best, asked)
+
+
+def test_the_search_goes_on_behind_a_step_that_is_too_much() -> None:
+    units = [unit(str(i), (EIGHT, 500, 1e-4 * 1.02**i)) for i in range(100)]
+    units.append(unit("head", (EIGHT, 500, 1e-6), (FOUR, -40_000, 0.02)))
+    steps = path(units)
+    whole = next(i for i, step in enumerate(steps) if step.format == FOUR)
+    assert 40 < whole < 60 and sum(step.lost for step in steps[:whole]) < 0.012
+    made = search(steps, lambda made: sum(step.lost for step in made), 0.02, 100_000)
+    assert all(step.format == EIGHT for step in made) and len(made) > whole + 10
+    assert 0.018 < sum(step.lost for step in made) <= 0.02
 
 
 def test_what_is_foreseen_comes_true(tmp_path) -> None:

@@ -160,3 +160,25 @@ def test_mixtures(family, caplog):
     fastllm.quantize(model, "int4-g32", calib=ids[:1, :3], **settings)
     said = [r for r in caplog.records if "quantized without data" in r.getMessage()]
     assert len(said) == len([d for d in model._fastllm.report.plan.chosen if d.kind == "experts"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights": "int4-g64", "method": "gptq", "kv_cache": "int4"},
+        {"weights": "int4-g64", "method": "awq"},
+        {"weights": "int8-a8", "method": "smoothquant"},
+        {"max_loss": 0.01},
+    ],
+    ids=["gptq", "awq", "smoothquant", "max_loss"],
+)
+def test_on_a_gpu_the_quality_is_that_of_the_cpu(settings):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = trained(torch.bfloat16).to(device)
+        fastllm.quantize(model, calib=calibration(8), **(ASK | settings))
+        found.append(quality(model, 8))
+        assert all(t.device.type == device for t in model.state_dict().values())
+    assert found[1] == pytest.approx(found[0], rel=0.01)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ..progress import size
 from .units import Unit
 
 FORMATS = ("int8", "int4-g32", "int4-g64", "int4-g128")  # that are chosen from, and as it is
-MEASURED = 8  # ways along the path that are measured at most
+MEASURED = 10  # ways along the path that are measured at most
 ENOUGH = 0.002  # of the bytes: ways as near to each other as this are not told apart
 
 
@@ -57,7 +58,7 @@ class Budget:
         p, q = self.before, self.chosen
         return (
             f"perplexity {p.perplexity:.2f} -> {q.perplexity:.2f} ({self.loss:+.2%}, at most {self.max_loss:+.2%}), "
-            f"{size(p.bytes)} -> {size(q.bytes)} per token; {self.measured_on}"
+            f"{size(p.bytes)} -> {size(q.bytes)} per token as stored; {self.measured_on}"
         )
 
     def __str__(self) -> str:
@@ -125,35 +126,41 @@ def path(units: Sequence[Unit]) -> list[Step]:
     return sorted(steps, key=lambda step: step.lost / step.saved)
 
 
-def formats_at(steps: Sequence[Step], count: int, units: int) -> list[IntFormat | None]:
-    """The format of every unit after so many steps."""
+def formats_after(steps: Sequence[Step], units: int) -> list[IntFormat | None]:
+    """The format of each of so many units after these steps."""
     found: list[IntFormat | None] = [None] * units
-    for step in steps[:count]:
+    for step in steps:
         found[step.unit] = step.format
     return found
 
 
-def search(steps: Sequence[Step], measure: Callable[[int], float], allowed: float, total: int) -> int:
-    """The number of steps that can be made while the measured loss stays within `allowed`, nats a token.
+def search(
+    steps: Sequence[Step], measure: Callable[[Sequence[Step]], float], allowed: float, total: int
+) -> list[Step]:
+    """The steps that can be made while the measured loss stays within `allowed`, nats a token.
 
-    measure(count) tells the loss after so many; total: bytes before the first. Each guess follows what is foreseen,
-    corrected by what was measured so far; of all that were measured within, the longest counts. 0: none.
+    measure(made) tells the loss; total: bytes before the first. Each guess, of how far along `steps` it goes, follows
+    what is foreseen, corrected by what was measured so far. Of all that was measured within, the longest way counts; a
+    large step that is too much is left out, and the way goes on behind it.
     """
-    lost, left = [0.0], [total]
-    for step in steps:
-        lost.append(lost[-1] + step.lost)
-        left.append(left[-1] - step.saved)
-    good, bad, known = 0, len(steps) + 1, {0: 0.0}
+    left, good, known = list(steps), 0, {0: 0.0}
+    bad = len(left) + 1
     for _ in range(MEASURED):
-        if bad - good <= 1 or good and left[good] - left[min(bad, len(steps))] < ENOUGH * total:
-            break
+        if bad - good <= 1 or good and sum(step.saved for step in left[good : bad - 1]) < ENOUGH * total:
+            if good == len(left) or left[good].saved < ENOUGH * total:
+                break
+            left = left[:good] + [step for step in left[good:] if step.unit != left[good].unit]
+            bad, known = len(left) + 1, {count: loss for count, loss in known.items() if count <= good}
+            if good == len(left):
+                break
+        lost = list(accumulate((step.lost for step in left), initial=0.0))
         guess = _guess(lost, known, allowed, good, bad)
-        known[guess] = measure(guess)
+        known[guess] = measure(left[:guess])
         if known[guess] <= allowed:
             good = guess
         else:
             bad = guess
-    return good
+    return left[:good]
 
 
 def _guess(lost: Sequence[float], known: dict[int, float], allowed: float, good: int, bad: int) -> int:

@@ -58,7 +58,7 @@ class Solver(ABC):
 
     changes: list["Change"]  # all parameters that were exchanged, as they were
     sequential = True  # whether a layer's input is to come from layers that are quantized already
-    products = True  # whether it wants the sum of x x.T
+    products = True  # whether it wants the mean of x x.T
 
     def __init__(self) -> None:
         self.changes = []

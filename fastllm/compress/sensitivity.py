@@ -51,7 +51,8 @@ def foresee(model: Any, units: Sequence[Unit], ids: Sequence[Tensor], quiet: boo
         assert gradient is not None
         for u, i in place[id(parameter)]:
             own = units[u].slots[i].of(gradient).reshape(-1)
-            products[text, u] += float(own.float() @ units[u].changes[i].reshape(-1).float())
+            change = units[u].changes[i].reshape(-1).to(own.device)
+            products[text, u] += float(own.float() @ change.float())
 
     generator = torch.Generator().manual_seed(0)
     with _gradients(model, list(parameters.values()), take):

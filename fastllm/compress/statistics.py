@@ -8,7 +8,7 @@ SAMPLE = 512  # rows that are kept, for those who want some
 
 
 class Statistics:
-    """Of rows x [K]: their number, the sum of |x|, the largest |x|, and the sum of x x.T, all float32; and some rows.
+    """Of rows x [K]: their number, the sum of |x|, the largest |x|, and the mean of x x.T, all float32; and some rows.
 
     Layers with the same input share one.
     """
@@ -26,12 +26,12 @@ class Statistics:
         """x [..., K], of any floating-point type."""
         for rows in x.detach().reshape(-1, x.shape[-1]).split(CHUNK):
             rows = rows.float()
-            self.count += len(rows)
+            before, self.count = self.count, self.count + len(rows)
             size = rows.abs()
             self.total += size.sum(0)
             self.largest = torch.maximum(self.largest, size.amax(0)) if len(rows) else self.largest
-            if self.products is not None:
-                self.products.addmm_(rows.t(), rows)
+            if self.products is not None and len(rows):  # a mean at any time, so that nobody has to copy it
+                self.products.mul_(before / self.count).addmm_(rows.t(), rows, alpha=1 / self.count)
             if self._wanted:
                 self._keep(rows)
 
@@ -62,7 +62,7 @@ class Statistics:
     def hessian(self) -> Tensor:
         """The mean of x x.T, [K, K]; half the Hessian of the mean squared error of a row of the output."""
         assert self.products is not None
-        return self.products / max(1, self.count)
+        return self.products
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> Tensor:

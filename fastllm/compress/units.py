@@ -110,7 +110,8 @@ class Unit:
         """The quantized module in the place of that called `name`, with tensors of its own."""
         mine = [i for i, slot in enumerate(self.slots) if slot.name == name]
         first = self.slots[mine[0]]
-        fresh = {self.slots[i].key: _fresh(self.weights[format][i]) for i in mine}
+        device = first.parameter.device
+        fresh = {self.slots[i].key: _fresh(self.weights[format][i], device) for i in mine}
         if first.key is not None:
             return QuantExperts.from_weights(first.module, format, lambda which, number, w: fresh[which, number])
         layer = QuantLinear(fresh[None], (first.weight.shape[0], first.weight.shape[1]), format, first.module.bias)
@@ -118,9 +119,10 @@ class Unit:
         return layer
 
 
-def _fresh(weight: QuantizedWeight) -> QuantizedWeight:
-    zero = weight.zero_point
-    return QuantizedWeight(weight.packed.clone(), weight.scale.clone(), None if zero is None else zero.clone())
+def _fresh(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    packed, scale, zero = (None if t is None else t.to(device, copy=True) for t in weight)
+    assert packed is not None and scale is not None
+    return QuantizedWeight(packed, scale, zero)
 
 
 def without_calibration(name: str, module: Any, formats: Sequence[IntFormat]) -> Unit:

@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..patch.speedups import Speedups
 from ..probe import probe
 from ..progress import track
 from .blocks import Blocks
-from .budget import MEASURED, Budget, Point, Shown, formats_at, nats, path, search
+from .budget import MEASURED, Budget, Point, Shown, Step, formats_after, nats, path, search
 from .samples import Batch, Calibration, batches, together
 from .sensitivity import foresee, head_loss, texts
 from .task import Ask, Task
@@ -123,31 +123,34 @@ def _units(task: Task, formats: Sequence[IntFormat], folder: Path) -> list[Unit]
 def _choose(task: Task, units: Sequence[Unit], judge: Judge, budget: Budget) -> list[IntFormat | None]:
     """The formats of all units, measured to stay within the budget, which is completed; None: as it is."""
     steps, shown, before = path(units), Shown(task.model, units), budget.before
-    left, lost = [before.bytes], [0.0]
-    for step in steps:
-        left.append(left[-1] - step.saved)
-        lost.append(lost[-1] + step.lost)
+    left = list(accumulate((-step.saved for step in steps), initial=before.bytes))
+    lost = list(accumulate((step.lost for step in steps), initial=0.0))
     budget.foreseen = [(size, before.perplexity * math.exp(nats)) for size, nats in zip(left, lost, strict=True)]
-    seen: dict[int, float] = {}
 
-    def measure(count: int) -> float:
-        shown.show(formats_at(steps, count, len(units)))
-        seen[count] = judge()
-        budget.points.append(Point(left[count], seen[count], f"after {count} of {len(steps)} steps"))
+    def look(made: Sequence[Step]) -> Point:
+        shown.show(formats_after(made, len(units)))
+        saved = sum(step.saved for step in made)
+        budget.points.append(Point(before.bytes - saved, judge(), f"{len(made)} of {len(steps)} steps"))
         next(bar, None)
-        return nats(before.perplexity, seen[count])
+        return budget.points[-1]
 
     bar = track(range(MEASURED), "measuring", quiet=task.quiet)
     try:
-        found = search(steps, measure, math.log1p(budget.max_loss), before.bytes)
+        made = search(
+            steps,
+            lambda made: nats(before.perplexity, look(made).perplexity),
+            math.log1p(budget.max_loss),
+            before.bytes,
+        )
+        size = before.bytes - sum(step.saved for step in made)
+        budget.chosen = next((point for point in reversed(budget.points) if point.bytes == size), before)
         for eight in (f for f in units[0].weights if f.bits == 8):
             shown.show([eight] * len(units))
             size = before.bytes - sum(unit.bytes[None] - unit.bytes[eight] for unit in units)
             budget.points.append(Point(size, judge(), f"{eight.name} everywhere"))
     finally:
         shown.end()
-    chosen = formats_at(steps, found, len(units))
-    budget.chosen = Point(left[found], seen.get(found, before.perplexity), f"after {found} of {len(steps)} steps")
+    chosen = formats_after(made, len(units))
     for unit, format in zip(units, chosen, strict=True):
         budget.formats |= {name: "dense" if format is None else format.name for name in unit.names}
         budget.losses[", ".join(unit.names)] = {f.name: unit.loss[f] for f in unit.weights}
