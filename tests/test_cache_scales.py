@@ -254,9 +254,34 @@ def test_quantize_a_checkpoint_as_in_memory(kv_cache, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def test_keys_alone_and_no_way_back_without_the_originals(caplog):
+    model = with_outliers(trained())
+    ids = calibration(2).view(2, WINDOW)
+    with torch.no_grad():
+        want = model(ids).logits
+    before = lost(model, "int4", want, ids)
+    ask = {"calib": calibration(4), "kv_cache": "int4", "length": WINDOW, "quiet": True}
+    fastllm.quantize(model, {}, keep=False, **ask)
+    assert not model._fastllm.report.plan.chosen and lost(model, "int4", want, ids) < 0.6 * before
+    with pytest.raises(ValueError, match="originals were freed"):
+        fastllm.restore(model)
+    assert "keys stay as they are" not in caplog.text
+    fastllm.quantize(tiny.build("gpt2"), {}, **ask | {"calib": calibration(1) % 60, "length": 24})
+    assert "keys stay as they are for a cache of int4 in transformer.h.0, transformer.h.1" in caplog.text
+
+
+def test_an_error_on_the_way_leaves_the_keys_alone(monkeypatch):
+    model, blocks = tiny_blocks("llama")
+    before = {name: p for name, p in model.named_parameters()}
+    monkeypatch.setattr("fastllm.compress.cache._lost", lambda scores: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        smooth_keys(blocks, 0, KV_FORMATS["int4"])
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
 def test_blocks_without_visible_keys_give_no_scales(caplog):
     model = tiny.build("gpt2", dtype=torch.float32)
     ids = torch.randint(1, 60, (2, 24), generator=torch.Generator().manual_seed(1))
     fastllm.quantize(model, "int8", calib=ids, kv_cache="fp8", min_coverage=0, quiet=True)
-    assert "no scales for an fp8 cache: keys and values of transformer.h.0, transformer.h.1" in caplog.text
+    assert "no scales for an fp8 cache: keys or values not found in transformer.h.0, transformer.h.1" in caplog.text
     assert not model._fastllm.cache_scales

@@ -78,6 +78,9 @@ def test_without_keeping_there_is_no_way_back():
         ({"weights": "int8", "activations": "int8"}, ValueError, "not for int8-a8"),
         ({"weights": "int4", "method": "smoothquant"}, ValueError, 'is for activations="int8"'),
         ({"weights": {"*.q_proj": "int4"}}, ValueError, "min_coverage"),
+        ({"weights": ["int4", "int8"]}, ValueError, "go with max_loss="),
+        ({"test": calibration(1)}, ValueError, "test= is what max_loss is measured on"),
+        ({"weights": {}, "kv_cache": "fp8"}, ValueError, "beside packed layers"),
     ],
 )
 def test_refusals_leave_the_model_alone(settings, error, message):

@@ -1,5 +1,6 @@
 """`fastllm.quantize` from a checkpoint on disk to another: the same result, little memory, and interrupts."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fastllm
 from fastllm.checkpoints.coding import CheckpointError
@@ -22,7 +23,7 @@ PLAIN = {"attention": False, "fuse": False, "decode": False}
 
 
 def ids(rows: int = 4) -> torch.Tensor:
-    return torch.randint(1, 60, (rows, 40), generator=torch.Generator().manual_seed(1))
+    return torch.randint(1, 60, (rows, 80), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_it_makes_what_a_model_in_memory_becomes(family: str, method: str, tmp_p
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "twin")]
     assert configs[0] == configs[1]
-    assert not (tmp_path / "out" / stream.UNFINISHED).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out", "twin"}
     loaded = fastllm.load(tmp_path / "out", **PLAIN)
     assert torch.equal(loaded(ids())[0], model(ids())[0])
 
@@ -74,7 +75,9 @@ def test_after_an_interrupt_it_goes_on(family: str, method: str, tmp_path: Path,
         if stop < 3:
             with pytest.raises(KeyboardInterrupt):
                 call()
-            assert [p.name for p in (tmp_path / "out").iterdir()] == [stream.UNFINISHED]
+            assert (
+                not (tmp_path / "out").exists() and (tmp_path / "out.unfinished" / "block-00000.safetensors").exists()
+            )
         else:
             call()
     assert done == [0, 1, 2]
@@ -85,22 +88,66 @@ def test_after_an_interrupt_it_goes_on(family: str, method: str, tmp_path: Path,
 
 
 def test_other_work_is_not_gone_on_with(dense: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stream.shutil, "rmtree", lambda path: None)  # as if it had been stopped at the very end
-    fastllm.quantize(dense, calib=ids(), out=tmp_path / "out", **ASK)
-    for file in (tmp_path / "out").iterdir():
-        if file.is_file():
-            file.unlink()
-    for change, what in (
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream.os, "rename", stop)  # at the very end
+        with pytest.raises(KeyboardInterrupt):
+            fastllm.quantize(dense, calib=ids(), out=tmp_path / "out", **ASK)
+    changes = (
         ({"calib": ids(3)}, "data"),
         ({"weights": "int4-g64"}, "formats"),
         ({"method": "awq"}, "method"),
-    ):
+        ({"dtype": torch.float16}, "dtype"),
+    )
+    for change, what in changes:
         with pytest.raises(ValueError, match=f"other work .it differs in {what}"):
             fastllm.quantize(dense, out=tmp_path / "out", **{"calib": ids(), **ASK, **change})
-    config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    config = (dense / "config.json").read_text()
+    (dense / "config.json").write_text(json.dumps(json.loads(config) | {"rms_norm_eps": 1e-4}))
     with pytest.raises(ValueError, match="differs in files"):
         fastllm.quantize(dense, out=tmp_path / "out", calib=ids(), **ASK)
+    with (tmp_path / "out.unfinished" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is at work"):
+            fastllm.quantize(dense, out=tmp_path / "out", calib=ids(), **ASK)
+
+
+def test_an_interrupt_at_the_very_end_costs_nothing(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream.os, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fastllm.quantize(dense, calib=ids(), out=tmp_path / "out", **ASK)
+        patched.setattr(calibrate, "_quantize_block", stop)  # not needed again
+        patched.setattr(stream.os, "rename", os.replace)
+        (dense / "preprocessor_config.json").write_text("{}")
+        os.utime(dense)
+        with pytest.raises(ValueError, match="differs in files"):  # one more file that it might depend on
+            fastllm.quantize(dense, calib=ids(), out=tmp_path / "out", **ASK)
+        (dense / "preprocessor_config.json").unlink()
+        report = fastllm.quantize(dense, calib=ids(), out=tmp_path / "out", **ASK)
+    assert f"saved: {tmp_path / 'out'}" in str(report)
+    fastllm.load(tmp_path / "out", **PLAIN)
+
+
+def test_what_lies_beside_comes_along_and_classifiers_work(tmp_path: Path) -> None:
+    tiny.build("llama").save_pretrained(tmp_path / "causal")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal", num_labels=3, dtype=torch.bfloat16)
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "preprocessor_config.json").write_text('{"a": 1}')
+    rows = {"input_ids": ids(), "attention_mask": torch.arange(80).repeat(4, 1) >= 70}  # padding on the left
+    report = fastllm.quantize(tmp_path / "dense", calib=[rows], out=tmp_path / "out", **ASK)
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"a": 1}'
+    assert report.accuracy.tokens == 1 and len(report.plan.chosen) >= 14
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    assert type(load_mapped(tmp_path / "dense")[0]).__name__ == "LlamaModel"
 
 
 def test_refusals(dense: Path, tmp_path: Path) -> None:
@@ -110,8 +157,12 @@ def test_refusals(dense: Path, tmp_path: Path) -> None:
         fastllm.quantize(dense, calib=ids(), out=dense, **ASK)
     with pytest.raises(FileNotFoundError, match="neither a folder"):
         fastllm.quantize(tmp_path / "absent", calib=ids(), out=tmp_path / "out", **ASK)
-    with pytest.raises(ValueError, match="go with the path"):
+    with pytest.raises(ValueError, match="out= goes with the path"):
         fastllm.quantize(tiny.build("llama"), calib=ids(), out=tmp_path / "out", **ASK)
+    with pytest.raises(ValueError, match="prompt= goes with a model"):
+        fastllm.quantize(dense, calib=ids(), out=tmp_path / "out", prompt=ids(1), **ASK)
+    with pytest.raises(ValueError, match="max_loss measures a model in memory"):
+        fastllm.quantize(dense, max_loss=0.1, calib=ids(), out=tmp_path / "out", **ASK)
     with pytest.raises(TypeError, match="needs the tokenizer"):
         fastllm.quantize(dense, out=tmp_path / "out", **ASK)
     fastllm.quantize(dense, calib=ids(), out=tmp_path / "out", **ASK)

@@ -27,7 +27,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
     headers = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(file, framework="np") as opened:
                 for key in opened.keys():
                     part = opened.get_slice(key)
                     headers[key] = Header(part.get_dtype(), tuple(part.get_shape()), str(file), key)

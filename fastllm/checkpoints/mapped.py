@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .coding import CheckpointError
 from .headers import read_headers
 from .loading import check_files, model_class, read_config, refuse_missing, take_stored, without_bars
 
+NORESERVE = 0x4000  # of Linux, for which Python 3.11 has no name
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -48,7 +50,7 @@ class Mapped:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            memory = _map(file.fileno())
         self._maps.append(memory)
         header.pop("__metadata__", None)
         for name, about in header.items():
@@ -64,6 +66,19 @@ class Mapped:
         if hasattr(mmap, "MADV_DONTNEED"):
             for memory in self._maps:
                 memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _exact(chosen: Any, config: Any) -> Any:
+    """The class behind an automatic one, which would look for files."""
+    return getattr(chosen, "_model_mapping", {type(config): chosen})[type(config)]
+
+
+def _map(file: int) -> mmap.mmap:
+    """The file, to be read, and written to in memory alone."""
+    if sys.platform != "linux":
+        return mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+    # otherwise Linux refuses files that are larger than its memory, as if all of them might be written to
+    return mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE | NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def load_mapped(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> tuple[Any, Mapped | None]:
@@ -85,7 +100,7 @@ def load_mapped(path: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     mapped = Mapped(files) if files else None
     source, state = (folder, None) if mapped is None else (None, dict(mapped.tensors))
     with without_bars(True):
-        model, info = model_class(config).from_pretrained(
+        model, info = _exact(model_class(config), config).from_pretrained(
             source, config=config, state_dict=state, output_loading_info=True, **given
         )
     refuse_missing(folder, model, info["missing_keys"])

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ HELP = "quantize a model with calibration data, and save it"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    parser.add_argument("out", metavar="OUT", type=Path, help="new directory; one that was begun is gone on with")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
     otherwise = "default: int4, or int8-a8 for smoothquant; with --max-loss several, such as int8,int4-g64"
     common.add_weights(parser, None, otherwise, common.WITH_DATA)
     parser.add_argument("--calib", metavar="FILE", type=Path, help="a text; default: one that comes along")
@@ -37,6 +38,10 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         raise FileNotFoundError(f"--calib {args.calib}: there is no such file")
     if args.plot is not None and args.max_loss is None:
         raise ValueError("--plot shows what --max-loss chose among: give both")
+    if args.plot is not None and not args.plot.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot {args.plot}: there is no directory {args.plot.parent}")
+    if args.plot is not None and not find_spec("matplotlib"):
+        raise ImportError('--plot needs matplotlib: pip install -e ".[demo]"')
     if args.method is None:
         rounds = args.activations == "int8" or (args.weights or "").endswith("-a8")
         args.method = "smoothquant" if rounds else "gptq"
@@ -55,6 +60,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     report = quantize(model, weights, tokenizer=tokenizer, max_loss=args.max_loss, **settings)
     seconds = time.perf_counter() - start
     print(report if report.budget is None else f"{report}\n{report.budget}")
+    saved = common.save(model, tokenizer, args.out, seconds)
     if args.plot is not None:
         report.budget.draw(args.plot)
-    return {"model": args.model, "report": report.to_dict(), **common.save(model, tokenizer, args.out, seconds)}
+    return {"model": args.model, "report": report.to_dict(), **saved}

@@ -81,22 +81,30 @@ class Blocks:
         return _first(self.layers[index](self.hidden[batch].to(self.device), *args, **kwargs))
 
     def outcome(self, hidden: Tensor | None = None) -> Tensor:
-        """What the model answers to the beginning of the first batch, float32 [T, V], T <= 64.
+        """What the model answers to the beginning of the first sample, float32 [T, V], T <= 64, without padding.
 
-        hidden: what its blocks make of that batch; None: they run.
+        hidden: what its blocks make of the first batch; None: they run.
         """
-        last = len(self.layers) - 1
+        batch = self.batches[0]
+        if hidden is None:
+            found: list[Tensor] = []
+
+            def last(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                found.append(_first(type(module).forward(module, x, *args, **kwargs)))
+                raise _Stop
+
+            with torch.no_grad(), self.replaced(self.layers[-1:], [last]), suppress(_Stop):
+                self._run(getattr(self.model, self.model.base_model_prefix, self.model), batch)
+            hidden = found[0]
+        seen = torch.ones_like(batch.ids[0]) if batch.seen is None else batch.seen[0]
+        shown = seen.nonzero()[:SHOWN, 0]
+        state = hidden[:1, shown.to(hidden.device)].to(self.device)
 
         def stub(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if module is not self.layers[last]:
-                return (x,) if self._pairs else x
-            x = _first(type(module).forward(module, x, *args, **kwargs)) if hidden is None else hidden.to(x)
-            return (x[:1, :SHOWN],) if self._pairs else x[:1, :SHOWN]
+            return (state,) if self._pairs else state
 
-        layers = self.layers if hidden is not None else self.layers[last:]
-        batch = self.batches[0]
-        with torch.no_grad(), self.replaced(layers, [stub] * len(layers)):
-            out = self._run(self.model, batch)
+        with torch.no_grad(), self.replaced(self.layers, [stub] * len(self.layers)):
+            out = self._run(self.model, Batch(batch.ids[:1, shown], None))
         logits = getattr(out, "logits", None)
         return (out.last_hidden_state if logits is None else logits).flatten(0, -2).float()
 

@@ -49,16 +49,18 @@ def smooth_keys(blocks: Blocks, index: int, format: KVFormat) -> list[Change]:
         return []
     if (smoothing := find_smoothing(blocks, index, seen)) is None:
         return []
-    changes = smoothing.apply(search(*_rows(blocks, index), format, smoothing))
-    smoothed = record(blocks, index, 0)
-    assert smoothed is not None
-    want = _scores(seen)
-    rounded = (s._replace(k=format.dequantize(*format.quantize(s.k), s.k.dtype)) for s in (seen, smoothed))
-    before, after = (_lost(_scores(s) - want) for s in rounded)
-    if after < before:
-        return changes
-    take_back(changes)
-    return []
+    changes, helps = smoothing.apply(search(*_rows(blocks, index), format, smoothing)), False
+    try:
+        smoothed = record(blocks, index, 0)
+        assert smoothed is not None
+        want = _scores(seen)
+        rounded = (s._replace(k=format.dequantize(*format.quantize(s.k), s.k.dtype)) for s in (seen, smoothed))
+        before, after = (_lost(_scores(s) - want) for s in rounded)
+        helps = after < before
+    finally:
+        if not helps:
+            take_back(changes)
+    return changes if helps else []
 
 
 # What goes into the attention.

@@ -34,7 +34,11 @@ class CacheScales:
 
     def prepare(self, blocks: Blocks, index: int) -> list[Change]:
         """What was exchanged in a block that is still dense."""
-        return [] if self.format is None else smooth_keys(blocks, index, self.format)
+        if self.format is None:
+            return []
+        changes = smooth_keys(blocks, index, self.format)
+        self._without += [] if changes else [blocks.name(index)]
+        return changes
 
     def finish(self, blocks: Blocks, index: int) -> None:
         """Look at the keys and values of a block that is done."""
@@ -46,11 +50,12 @@ class CacheScales:
                 self.scales[name] = found
 
     def complete(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The scales, if those of all blocks were found: whoever reads some expects all."""
-        if self._without:
-            logger.warning(
-                "no scales for an fp8 cache: keys and values of %s cannot be seen", ", ".join(self._without)
-            )
+        """The scales, if those of all blocks were found: whoever reads some expects all. Warns of what was not."""
+        without = ", ".join(self._without)
+        if without and self.format is not None:
+            logger.warning("keys stay as they are for a cache of %s in %s", self.format.name, without)
+        elif without:
+            logger.warning("no scales for an fp8 cache: keys or values not found in %s", without)
         return {} if self._without else self.scales
 
 

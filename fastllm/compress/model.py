@@ -61,7 +61,7 @@ def quantize(
     test:      what max_loss is measured on, as `calib`; by default text that comes along, or an eighth of your `calib`
     prompt:    of a model: token ids [1, T] for the accuracy check; by default the beginning of the calibration data
     out:       of a path: where the result goes, with its tokenizer; one block at a time is in memory, on the CPU,
-               and after an interrupt the same call goes on behind the last block that was done
+               and after an interrupt the same call goes on behind the last block that was done, in <out>.unfinished
     dtype:     of a path: what its weights become first; by default they stay as they are
     All others are as in `fastllm.optimize`. What lies outside of blocks, such as the head, is quantized without data.
 
@@ -73,10 +73,12 @@ def quantize(
     chosen = _chosen(weights, goal, method)
     planner = Planner(chosen, group_size, lm_head, include, exclude, activations)
     ask = Ask(planner, method, calib, tokenizer, samples, length, min_coverage, kv_cache, goal, quiet)
-    if isinstance(model, (str, PathLike)):
+    path = isinstance(model, (str, PathLike))
+    some = {"out": out, "dtype": dtype, "prompt": prompt, "test": test, "group_size": group_size}
+    named = {name: value is not None for name, value in some.items()} | {"lm_head": lm_head not in (None, True, False)}
+    _refuse(path, goal is not None, named)
+    if path:
         return quantize_checkpoint(Path(model), out, dtype, ask)
-    if out is not None or dtype is not None:
-        raise ValueError("out= and dtype= go with the path of a checkpoint; a model has save_pretrained(out)")
     return (quantize_model if goal is None else quantize_within)(model, ask, keep, prompt)
 
 
@@ -84,7 +86,25 @@ def _chosen(weights: Any, goal: Goal | None, method: str) -> Any:
     """What to plan with; with a goal any of its formats."""
     if goal is not None:
         return goal.formats[0]
+    if isinstance(weights, (list, tuple)):
+        raise ValueError(f"weights={weights!r}: several formats to choose from go with max_loss=")
     return weights if weights is not None else "int8-a8" if method == "smoothquant" else "int4"
+
+
+def _refuse(path: bool, goal: bool, given: Mapping[str, bool]) -> None:
+    """Raise ValueError for arguments that would be ignored."""
+    for wanted, names, why in (
+        (not path, ("out", "dtype"), "goes with the path of a checkpoint; a model has save_pretrained(out)"),
+        (path, ("prompt",), "goes with a model; of a checkpoint the calibration data's beginning is looked at"),
+        (not goal, ("test",), "is what max_loss is measured on; give that too"),
+        (
+            goal,
+            ("group_size", "lm_head"),
+            "is chosen by max_loss, out of weights=[...]; lm_head=False leaves it",
+        ),
+    ):
+        if wanted and (bad := [name for name in names if given[name]]):
+            raise ValueError(f"{bad[0]}= {why}")
 
 
 def quantize_model(model: Any, ask: Ask, keep: bool, prompt: Tensor | None) -> Report:

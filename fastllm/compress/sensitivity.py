@@ -77,7 +77,7 @@ def _gradients(model: Any, parameters: list[nn.Parameter], take: Callable[[Tenso
         for p in parameters:
             p.requires_grad_(True)
             handles.append(p.register_post_accumulate_grad_hook(take))
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for handle in handles:

@@ -1,5 +1,6 @@
 """`quantize_checkpoint`: from a dense checkpoint to a quantized one, with one block in memory at a time."""
 
+import os
 import shutil
 from os import PathLike
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from .. import __version__
 from ..checkpoints import SaveHook
 from ..checkpoints.folder import refuse_out
 from ..checkpoints.loading import without_bars
@@ -22,22 +24,22 @@ from .blocks import Blocks
 from .task import Ask
 from .work import Work, digest
 
-UNFINISHED = "unfinished"  # the folder within the result for what is done so far
 SHARD = 1 << 28  # bytes of a file of the result, unless one tensor has more: so many are in memory twice
 
 
 def quantize_checkpoint(path: Path, to: str | PathLike[str] | None, dtype: torch.dtype | None, ask: Ask) -> Report:
     """Quantize the checkpoint `path`, a folder or a GGUF file, to the folder `to`.
 
-    Raises ValueError if that is not given, or has anything in it but the beginning of the same work, which then goes
-    on.
+    What is done so far lies in a folder beside it, named <to>.unfinished, with which the same call goes on. Raises
+    ValueError if `to` is not given or not empty, and if that folder is of other work, or another process is at it.
     """
     if ask.goal is not None:
         raise ValueError(f"max_loss measures a model in memory: fastllm.load({str(path)!r}) first")
     if to is None:
         raise ValueError(f"where should the quantized {path} go? quantize(path, out=folder)")
     out = Path(to)
-    refuse_out(out, path, UNFINISHED)
+    refuse_out(out, path)
+    unfinished = out.with_name(f"{out.name}.unfinished")
     model, tokenizer, source = _open(path, dtype)
     found = ask.of(model, tokenizer)
     report = Report(model, found.plan, keep=False)
@@ -46,8 +48,8 @@ def quantize_checkpoint(path: Path, to: str | PathLike[str] | None, dtype: torch
     before = blocks.outcome()
     formats = {d.name: d.format.name for d in found.plan.chosen if d.format is not None}
     settings: dict[str, Any] = {"method": type(found.solver).__name__, "formats": formats, "data": digest(found.data)}
-    settings["kv_cache"] = ask.kv_cache
-    work = Work(out / UNFINISHED, settings | {"files": _files(path)}, source)
+    settings |= {"kv_cache": ask.kv_cache, "dtype": str(model.dtype), "version": __version__}
+    work = Work(unfinished, settings | {"files": _files(path)}, source)
 
     def put(decision: Decision, make: Make) -> None:
         put_in_place(model, decision, patch, make)
@@ -61,14 +63,15 @@ def quantize_checkpoint(path: Path, to: str | PathLike[str] | None, dtype: torch
     report.accuracy = agreement(before, after, report.has_vocabulary, True)
     report.memory_after = memory(model)
     del before, after
-    result = out / UNFINISHED / "result"
+    result = unfinished / "result"
     with without_bars(found.quiet):
         model.save_pretrained(result, max_shard_size=SHARD)
     if (ask.tokenizer or tokenizer) is not None:
         (ask.tokenizer or tokenizer).save_pretrained(result)
-    for file in result.iterdir():
-        file.replace(out / file.name)
-    shutil.rmtree(out / UNFINISHED)
+    _bring_along(path, result)
+    os.rename(result, out)
+    report.saved = str(out)
+    shutil.rmtree(unfinished)
     return report
 
 
@@ -81,6 +84,16 @@ def _open(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, Mapped | Non
     model, source = load_mapped(path, dtype)
     there = (path / "tokenizer_config.json").is_file()
     return model, AutoTokenizer.from_pretrained(path) if there else None, source
+
+
+def _bring_along(path: Path, result: Path) -> None:
+    """Copy what else lies beside a checkpoint, such as the settings of an image processor."""
+    others = [
+        f for f in (path.iterdir() if path.is_dir() else ()) if f.suffix in (".json", ".jinja", ".txt", ".model")
+    ]
+    for file in others:
+        if not (result / file.name).exists() and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, result / file.name)
 
 
 def _files(path: Path) -> dict[str, list[int]]:

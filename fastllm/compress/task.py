@@ -55,6 +55,8 @@ class Ask(NamedTuple):
             raise NotSupportedError("the model is optimized already; fastllm.restore(model) first")
         refuse_state(model)
         cache_alone = self.kv_cache is not None and not self.planner.choice.table
+        if cache_alone and self.kv_cache == "fp8":
+            raise ValueError('the scales of kv_cache="fp8" are saved beside packed layers: give weights= some')
         plan = self.planner.plan(model) if cache_alone else planned(model, self.planner, self.min_coverage)
         _refuse_formats(plan.chosen, self.method)
         vocabulary = model.config.get_text_config().vocab_size

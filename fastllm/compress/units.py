@@ -1,5 +1,6 @@
 """What can be given a format of its own, and what it becomes in each."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,8 @@ class Unit:
 
     def foresee(self, loss: float) -> None:
         """Fill in the losses: that of the worst format is `loss`, and those of others as their errors are."""
+        if not math.isfinite(loss):
+            raise ValueError(f"{self.names[0]}: the gradient is not finite; load the model in bfloat16 or float32")
         most = self.error[self.worst]
         self.loss |= {format: loss * error / most if most else 0.0 for format, error in self.error.items()}
 

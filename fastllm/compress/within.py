@@ -76,26 +76,29 @@ def _judge(task: Task, ask: Ask, test: Calibration) -> tuple[list[Batch], Judge,
         what = "the test data"
     rows = [row[0] for row in texts(held, ask.samples, ask.length)]
 
+    if not rows:
+        raise ValueError(f"{what} have no two tokens in a row; give more of it")
+
     def measure() -> float:
         found = [perplexity(model, row, None, window=len(row), windows=1, bos=None) for row in rows]
         return float(sum(p.nll * p.tokens for p in found) / sum(p.tokens for p in found))
 
     count = sum(map(len, rows))
-    return data, lambda: math.exp(measure()), f"measured on {len(rows)} samples of {what}, {count} tokens"
+    return data, lambda: math.exp(min(measure(), 700.0)), f"measured on {len(rows)} samples of {what}, {count} tokens"
 
 
 def _hold_out(data: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """(most of the samples, the last of them: one of eight)."""
+    """(most of the samples, one of eight)."""
     rows = [
         Batch(ids[i : i + 1], None if seen is None else seen[i : i + 1]) for ids, seen in data for i in range(len(ids))
     ]
-    count = len(rows) // HELD_OUT
-    if not count:
+    if len(rows) < HELD_OUT:
         raise ValueError(
             f"the calibration data has {len(rows)} samples: too few to hold one of {HELD_OUT} out for measuring; "
             "give more, or test="
         )
-    return list(together(rows[:-count])), rows[-count:]
+    held = rows[::HELD_OUT]  # of every length, as they are in order of that
+    return list(together([row for i, row in enumerate(rows) if i % HELD_OUT])), held
 
 
 def _units(task: Task, formats: Sequence[IntFormat], folder: Path) -> list[Unit]:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ class Work:
     def __init__(self, folder: Path, settings: Mapping[str, Any], source: Mapped | None = None):
         """settings: all that the result depends on, values of JSON. source: of the dense weights.
 
-        ValueError if `folder` has the work of other settings.
+        ValueError if `folder` has the work of other settings, or another process is at work there.
         """
         self.folder, self.source = folder, source
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder / "lock")
         state = folder / "settings.json"
         told = json.loads(json.dumps(settings))
         before = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else told
@@ -42,7 +44,10 @@ class Work:
                 f"{folder} has the beginning of other work (it differs in {', '.join(other)}); go on with that, or "
                 "delete the folder"
             )
-        state.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        if not state.is_file():
+            begun = state.with_suffix(".begun")
+            begun.write_text(json.dumps(told, indent=1), encoding="utf-8")
+            os.replace(begun, state)
 
     def file(self, index: int) -> Path:
         """Of a block."""
@@ -90,6 +95,22 @@ class Work:
         _point(block, Mapped([file]).tensors)
         if self.source is not None:
             self.source.release()
+
+
+def _lock(file: Path) -> Any:
+    """The file, open, and nobody else's for as long; where the system has no locks for files, just open."""
+    opened = file.open("w")
+    if find_spec("fcntl"):
+        import fcntl
+
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            opened.close()
+            raise ValueError(
+                f"another process is at work in {file.parent}; wait for it, or name another out="
+            ) from error
+    return opened
 
 
 def _point(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:

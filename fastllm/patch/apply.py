@@ -32,6 +32,7 @@ class Patch:
         self.loaded = False  # whether the layers came packed
         self.originals: dict[str, nn.Module] = {}
         self.changes: list[tuple[nn.Module, str, nn.Parameter]] = []  # parameters that were exchanged, as they were
+        self.changed = False  # whether any was
         self.cache_scales: dict[str, tuple[Tensor, Tensor]] = {}  # to be saved for servers' caches
         self.hook: SaveHook | None = None
 
@@ -150,6 +151,7 @@ def carry_out(
         on_failure.pop_all()
     report.accuracy = agreement(before, after, report.has_vocabulary, real)
     report.memory_after = memory(model)
+    patch.changed = bool(patch.changes)
     if report.keep:
         report.memory_kept = memory(model, *patch.originals.values()) - report.memory_after
     else:
@@ -215,7 +217,7 @@ def restore(model: Any) -> Any:
     if not is_patched(inner):
         raise NotSupportedError("the model is not optimized by fastllm; nothing to restore")
     patch = inner._fastllm
-    if patch.report.plan.chosen and not patch.originals:
+    if (patch.report.plan.chosen and not patch.originals) or (patch.changed and not patch.changes):
         raise NotSupportedError("the originals were freed (keep=False); load the model again")
     for name in patch.originals:
         if not isinstance(now := inner.get_submodule(name), (QuantLinear, QuantExperts)):

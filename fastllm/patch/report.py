@@ -41,6 +41,7 @@ class Report:
         self.memory_before, self.memory_after, self.memory_kept = memory(model), 0, 0
         self.accuracy: Accuracy | None = None
         self.budget: Any = None  # of `fastllm.quantize(max_loss=...)`: what was chosen and measured
+        self.saved = ""  # the folder, if it was from a checkpoint to another and no model stayed
         self.speedups: Any = None  # attention, fused modules and the decoding loop (`fastllm.patch.speedups`)
 
     @property
@@ -84,7 +85,8 @@ class Report:
             lines.append(f"  memory {size(self.memory_before)} -> {size(self.memory_after)}{kept}")
             lines.append(f"  check: {self.accuracy}")
             undo = "fastllm.restore(model)" if self.keep else "reload the model (keep=False)"
-            lines.append(f"  undo: {undo}; save: model.save_pretrained(directory)")
+            done = f"undo: {undo}; save: model.save_pretrained(directory)"
+            lines.append(f"  saved: {self.saved}" if self.saved else f"  {done}")
         return "\n".join(lines)
 
     __repr__ = __str__
