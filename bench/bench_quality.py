@@ -71,8 +71,9 @@ def quantized(dense: Any, settings: dict[str, Any], tokenizer: Any, folder: Path
     if settings.get("method") not in METHODS and "max_loss" not in settings and settings["weights"] != {}:
         fastllm.optimize(model, keep=False, quiet=True, **settings)
         return model
-    report = fastllm.quantize(model, tokenizer=tokenizer, keep=False, quiet=True, **settings)
-    if settings.get("weights") == {}:
+    keys_alone = settings.get("weights") == {}  # which is undone, as the other weights are shared
+    report = fastllm.quantize(model, tokenizer=tokenizer, keep=keys_alone, quiet=True, **settings)
+    if keys_alone:
         fastllm.optimize(model, None, quiet=True)
     if report.budget is not None:
         (folder / "budget.txt").write_text(f"{report.budget}\n")

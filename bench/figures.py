@@ -62,6 +62,9 @@ def section(path: Path) -> str:
         rows = json.loads(quality.read_text(encoding="utf-8"))["rows"]
         lines += ["", *methods({row["weights"]: row for row in rows}), ""]
         lines += [f"Ten windows of 512 tokens ([quality.md]({folder}/quality.md) has every format). {CALIBRATED}"]
+        if (path.parent / "budget.png").exists():
+            about = f"What `max_loss=0.02` chose among ([layer by layer]({folder}/budget.txt)):"
+            lines += ["", about, "", f"![Megabytes read per token against perplexity]({folder}/budget.png)"]
     return "\n".join(lines)
 
 
