@@ -128,7 +128,9 @@ def _choose(task: Task, units: Sequence[Unit], judge: Judge, budget: Budget) -> 
     steps, shown, before = path(units), Shown(task.model, units), budget.before
     left = list(accumulate((-step.saved for step in steps), initial=before.bytes))
     lost = list(accumulate((step.lost for step in steps), initial=0.0))
-    budget.foreseen = [(size, before.perplexity * math.exp(nats)) for size, nats in zip(left, lost, strict=True)]
+    budget.foreseen = [
+        (size, before.perplexity * math.exp(min(nats, 700.0))) for size, nats in zip(left, lost, strict=True)
+    ]
 
     def look(made: Sequence[Step]) -> Point:
         shown.show(formats_after(made, len(units)))
