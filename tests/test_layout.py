@@ -27,6 +27,7 @@ LAYERS = [
     {"ops"},
     {"nn"},
     {"checkpoints", "decode"},
+    {"perplexity"},
     {"patch"},
     {"diagnose", "compress", "distributed", "distill"},
     {"cli"},

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastllm.data import sample_text
-from fastllm.diagnose.perplexity import Perplexity, _exp, _negative_log_likelihood, perplexity
+from fastllm.perplexity import Perplexity, _exp, _negative_log_likelihood, perplexity
 
 VOCABULARY, BOS = 101, 7
 

@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 from ..formats import Format, IntFormat
 from ..nn import QuantLinear
 from .gptq import METHOD, V1, GptqLayer
-from .save import SaveHook, Storage
+from .save import CacheScales, SaveHook, Storage
 
 
 class GptqStorage(Storage):
     """How each packed layer of a model is to be stored: all of them in one format."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, cache_scales: CacheScales | None = None):
+        """cache_scales are not stored: the format has no place for them."""
         head = model.get_output_embeddings()
         self.head = next((name for name, module in model.named_modules() if module is head), None)
         self.formats: dict[Format, str] = {}  # that are stored, and a layer of each

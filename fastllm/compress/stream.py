@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .. import __version__
 from ..checkpoints import SaveHook
 from ..checkpoints.folder import refuse_out
 from ..checkpoints.loading import without_bars
@@ -22,7 +21,7 @@ from ..patch.speedups import Speedups
 from ..probe import refuse_nan
 from .blocks import Blocks
 from .task import Ask
-from .work import Work, digest
+from .work import VERSION, Work, digest
 
 SHARD = 1 << 28  # bytes of a file of the result, unless one tensor has more: so many are in memory twice
 
@@ -48,7 +47,7 @@ def quantize_checkpoint(path: Path, to: str | PathLike[str] | None, dtype: torch
     before = blocks.outcome()
     formats = {d.name: d.format.name for d in found.plan.chosen if d.format is not None}
     settings: dict[str, Any] = {"method": type(found.solver).__name__, "formats": formats, "data": digest(found.data)}
-    settings |= {"kv_cache": ask.kv_cache, "dtype": str(model.dtype), "version": __version__}
+    settings |= {"kv_cache": ask.kv_cache, "dtype": str(model.dtype), "version": VERSION}
     work = Work(unfinished, settings | {"files": _files(path)}, source)
 
     def put(decision: Decision, make: Make) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data import sample_text
-from ..diagnose import perplexity
 from ..formats import IntFormat
 from ..patch.apply import Patch, Put, carry_out
 from ..patch.plan import Plan, Planner
 from ..patch.report import Report
 from ..patch.speedups import Speedups
+from ..perplexity import perplexity
 from ..probe import probe
 from ..progress import track
 from .blocks import Blocks

@@ -18,6 +18,7 @@ from ..nn import QuantLinear
 from .calibrate import Layer, Put
 from .samples import Batch
 
+VERSION = 1  # of how blocks are made and stored: those of two versions are not mixed
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..decode import KVCache
+from .decode import KVCache
 
 ROWS = 32  # positions whose logits are in float32 at a time: 32 x 262 144 values are 34 MB
 
