@@ -47,7 +47,9 @@ def run(stage: Stage, left: float, log: BinaryIO, env: dict[str, str], clock: Ca
     log.write(f"\n=== {stage.name}: {' '.join(command)}\n".encode())
     log.flush()
     begin = log.tell()
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0)
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0, preexec_fn=_listen
+    )
     try:
         status = process.wait(timeout=allowed)
         state = "ok" if status == 0 else f"failed (exit status {status})"
@@ -57,6 +59,11 @@ def run(stage: Stage, left: float, log: BinaryIO, env: dict[str, str], clock: Ca
     log.seek(begin)
     output = log.read().decode(errors="replace")
     return Result(stage.name, state, clock() - start, output)
+
+
+def _listen() -> None:
+    """A shell has what it runs in the background ignore interrupts, and children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen) -> None:
