@@ -9,14 +9,19 @@ _HOME = {
     "FORMATS": "formats",
     "KVCache": "decode",
     "QuantExperts": "nn",
+    "BlockSparseLinear": "nn",
     "QuantLinear": "nn",
+    "SparseLinear": "nn",
     "load": "patch",
     "lora_config": "nn.lora",
     "optimize": "patch",
     "optimized": "patch",
+    "prune": "compress",
     "quant_matmul": "ops",
     "quantize": "compress",
     "restore": "patch",
+    "sparsify": "compress",
+    "to_dense": "patch",
 }
 __all__ = sorted(_HOME)
 

@@ -22,11 +22,13 @@ class QuantizedWeight(NamedTuple):
                 or the bits of floats
     scale:      float [N, G], one for each group of weights in a row
     zero_point: int32 [ceil(N * bits / 32), G], non-negative zero points packed along N; None when symmetric
+    index:      which columns are stored, of a sparse weight (`sparse_formats`, which says what the others then are)
     """
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]
 
 
 # "int4" alone means groups of 128, the field's habit; "int8" alone means one scale per output channel.

@@ -22,7 +22,8 @@ LINK = ROOT / "fastllm/kernels"
 # A part imports itself and parts of earlier rows, nothing else.
 LAYERS = [
     {"nf4_format"},
-    {"kernels", "formats", "kv_formats", "probe", "progress", "data"},
+    {"kernels", "formats", "kv_formats", "probe", "progress", "data", "bsr_format"},
+    {"sparse_formats"},
     {"quantizers"},
     {"ops"},
     {"nn"},

@@ -18,7 +18,7 @@ from .choice import Patterns
 from .coding import CheckpointError
 from .headers import INDEX, find_files, read_headers
 from .quantizer import FastllmConfig
-from .sources import SOURCES, source_of
+from .sources import SOURCES, method_of, source_of
 
 
 def load(
@@ -121,7 +121,7 @@ def take_stored(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _refuse_stored(folder: Path, stored: Mapping[str, Any], weights: object) -> None:
-    name = stored.get("quant_method")
+    name = method_of(stored)
     if name not in SOURCES:
         raise ValueError(
             f"{folder} is quantized by {name!r}; fastllm reads {', '.join(SOURCES)}, GGUF and dense checkpoints. "

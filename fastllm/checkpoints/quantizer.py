@@ -28,6 +28,7 @@ from .nf4 import PartRenaming
 from .save import SaveHook
 from .slots import ExpertSlots, Slot, is_linear, understood
 from .sources import source_of
+from .sparse import SparseStored
 from .validate import packed_experts, parts_found, validate
 
 
@@ -117,7 +118,7 @@ class FastllmQuantizer(HfQuantizer):
             self._place_dense(model)
         else:
             self._place_packed(model, headers, self.source)
-            if isinstance(self.source, Stored):
+            if isinstance(self.source, (Stored, SparseStored)):
                 self.source.leave_out(model)
         if not self.slots and self.source is not None:
             raise CheckpointError(

@@ -15,7 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers import HfQuantizer
 
 from ..formats import Nf4Format
-from ..nn import QuantExperts, QuantLinear
+from ..nn import BlockSparseLinear, QuantExperts, QuantLinear, SparseLinear
+from . import sparse
 from .compressed_tensors import build_config
 from .names import Names, expert_weights, without
 from .scheme import Scheme
@@ -35,6 +36,7 @@ class Storage:
         self.names = Names(model)
         self.prefix, self.is_base = model.base_model_prefix, model.base_model is model
         self.linears: dict[str, tuple[QuantLinear, Scheme | None]] = {}
+        self.sparse: dict[str, sparse.SparseLayer] = {}
         self.experts: dict[str, QuantExperts] = {}
         self.dense: list[str] = []  # linear layers, and matrices that a reader may take for one
         self.why: dict[str, str] = {}  # reasons to store a packed layer dense
@@ -46,6 +48,9 @@ class Storage:
             if isinstance(module, QuantExperts):
                 self.experts[name] = module
                 inside += (f"{name}.",)
+            elif isinstance(module, (SparseLinear, BlockSparseLinear)):
+                self.sparse[name] = module
+                self._refuse_name(name, module)
             elif isinstance(module, QuantLinear):
                 self.linears[name] = module, self._scheme(name, module)
             elif _is_matrix(module):
@@ -57,18 +62,20 @@ class Storage:
             w for name in self.experts if name in self.why for w in expert_weights(name, self.experts[name])
         ]
         self.dense += [name for name, (_, scheme) in self.linears.items() if scheme is None]
+        self.dense += list(self.sparse)
+
+    def _refuse_name(self, name: str, layer: Any) -> None:
+        if layer.transposed:
+            self.why[name] = "its weight is [in, out], which the format does not know"
+        elif self.names.converted(f"{name}.weight"):
+            self.why[name] = "its checkpoint name belongs to several weights"
 
     def _scheme(self, name: str, layer: QuantLinear) -> Scheme | None:
         scheme = Scheme.storing(layer.format, layer.in_features)
-        if layer.transposed:
-            self.why[name] = "its weight is [in, out], which the format does not know"
-        elif scheme is None:
-            self.why[name] = _unstorable(layer)
-        elif self.names.converted(f"{name}.weight"):
-            self.why[name] = "its checkpoint name belongs to several weights"
-        else:
-            return scheme
-        return None
+        self._refuse_name(name, layer)
+        if scheme is None:
+            self.why.setdefault(name, _unstorable(layer))
+        return None if name in self.why else scheme
 
     def _experts_scheme(self) -> Scheme | None:
         if not self.experts:
@@ -91,7 +98,8 @@ class Storage:
         config = build_config(layers, experts, [base + name for name in self.dense], self.prefix)
         if config is not None and self.cache_scales:
             config["kv_cache_scheme"] = dict(FP8_CACHE)
-        return config
+        kept = {base + name: layer for name, layer in self.sparse.items() if name not in self.why}
+        return sparse.build_config(kept, self.prefix, config) if kept else config
 
     def refuse(self) -> None:
         """Raise ValueError for what readers of the format would misread or refuse."""
@@ -120,8 +128,9 @@ class Storage:
         """Warn once of all packed layers that are stored dense."""
         size = 0
         for name in self.why:
-            layers = [self.linears[name][0]] if name in self.linears else _layers(self.experts[name])
-            size += sum(n.out_features * n.in_features * n.weight_scale.element_size() for n in layers)
+            module = self.linears[name][0] if name in self.linears else self.sparse.get(name)
+            layers = _layers(self.experts[name]) if module is None else [module]
+            size += sum(n.out_features * n.in_features * n.weight.element_size() for n in layers)
         names = list(self.why)
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         reasons = "; ".join(sorted(set(self.why.values())))
@@ -134,6 +143,8 @@ class Storage:
         state = model.state_dict()
         for name, (layer, scheme) in self.linears.items():
             store(state, name, layer, scheme)
+        for name, sparse_layer in self.sparse.items():
+            sparse.store_sparse(state, name, sparse_layer, name in self.why)
         for name, module in self.experts.items():
             store_experts(state, name, module, None if name in self.why else self.experts_scheme, self.names)
         for name, scales in self.cache_scales.items():

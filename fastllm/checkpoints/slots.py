@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Format, QuantizedWeight
-from ..nn import QuantExperts, QuantLinear
+from ..nn import QuantExperts, QuantLinear, build_layer
 from ..nn.experts import agrees, up_name
 from ..quantizers import quantize
 from .coding import CheckpointError, Coding
@@ -68,7 +68,7 @@ class Slot(nn.Module):
         self.quantized = [_quantize(weight, self.dense, method)]
         self._parameters.pop("weight", None)
 
-    def take(self, name: str) -> QuantizedWeight:
+    def take(self, name: str) -> Any:
         """The weight as it was loaded, in memory of its own. Raises CheckpointError naming `name`."""
         if self.coding is None:
             raise CheckpointError(f"{name}.weight is missing from the checkpoint: it is incomplete")
@@ -79,11 +79,11 @@ class Slot(nn.Module):
                 parts[part] = tensor.detach()
             elif not declared.optional:
                 raise CheckpointError(f"{name}.{part} is missing from the checkpoint: it is incomplete")
-        weight: QuantizedWeight = self.coding.read(name, parts, self.shape, self.dtype)
+        weight: Any = self.coding.read(name, parts, self.shape, self.dtype)
         return weight
 
-    def finish(self, name: str) -> QuantLinear:
-        layer = self.quantized.pop() if self.quantized else self._packed(name)
+    def finish(self, name: str) -> Any:
+        layer: Any = self.quantized.pop() if self.quantized else self._packed(name)
         if self.spare_bias and self.bias is not None and bool(self.bias.any()):
             raise CheckpointError(
                 f"{name}.bias is in the checkpoint and not zero, but the model has none there: config.json describes "
@@ -94,11 +94,11 @@ class Slot(nn.Module):
         layer.transposed = self.transposed
         return layer
 
-    def _packed(self, name: str) -> QuantLinear:
+    def _packed(self, name: str) -> Any:
         weight = self.take(name)
         assert self.coding is not None
         weight, format = self.coding.layer(weight, self.shape[1], name)
-        return QuantLinear(weight, self.shape, format)
+        return build_layer(weight, self.shape, format)
 
 
 def _expect(weight: Tensor, shape: tuple[int, ...]) -> None:

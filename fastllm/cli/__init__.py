@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 
 # one module each, with HELP, add_arguments(parser) and execute(args)
-COMMANDS = ("run", "optimize", "quantize", "evaluate", "env", "demo")
+COMMANDS = ("run", "optimize", "quantize", "sparsify", "prune", "evaluate", "env", "demo")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -58,6 +58,18 @@ def add_weights(
     parser.add_argument("--min-coverage", type=float, default=0.5, metavar="SHARE", help=least)
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calib", metavar="FILE", type=Path, help="a text; default: one that comes along")
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
+
+
+def check_calibration(args: argparse.Namespace) -> None:
+    """Raise FileNotFoundError for a --calib that is not there."""
+    if args.calib is not None and not args.calib.is_file():
+        raise FileNotFoundError(f"--calib {args.calib}: there is no such file")
+
+
 def add_kv_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-cache", choices=("int8", "int4"), help="keep keys and values so; default: as they come")
 
@@ -155,16 +167,16 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def save(model: Any, tokenizer: Any, out: Path, seconds: float) -> dict[str, Any]:
-    """Save a model that took so long to quantize; tell it, and return the figures."""
+    """Save a model that took so long to make; tell it, and return the figures."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return saved(out, seconds)
 
 
 def saved(out: Path, seconds: float) -> dict[str, Any]:
-    """Tell of a model that took so long to quantize, and lies in `out`; return the figures."""
+    """Tell of a model that took so long to make, and lies in `out`; return the figures."""
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(f"saved {size / 1e6:.0f} MB of weights to {out}, after {seconds:.1f} s of quantizing")
+    print(f"saved {size / 1e6:.0f} MB of weights to {out}, after {seconds:.1f} s")
     return {"out": str(out), "optimize_s": seconds, "saved_bytes": size}
 
 
@@ -177,9 +189,9 @@ def refuse_options(args: argparse.Namespace) -> None:
 
 
 def is_quantized(model: Any) -> bool:
-    from ..nn import QuantExperts, QuantLinear
+    from ..nn import PackedLinear, QuantExperts
 
-    return any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules())
+    return any(isinstance(module, PackedLinear | QuantExperts) for module in model.modules())
 
 
 def encode(tokenizer: Any, text: str) -> "Tensor":

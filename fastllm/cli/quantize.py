@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
     otherwise = "default: int4, or int8-a8 for smoothquant; with --max-loss several, such as int8,int4-g64"
     common.add_weights(parser, None, otherwise, common.WITH_DATA)
-    parser.add_argument("--calib", metavar="FILE", type=Path, help="a text; default: one that comes along")
-    parser.add_argument("--samples", type=int, default=128, metavar="N", help="at most (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
+    common.add_calibration(parser)
     less = "make keys that lose less in such a cache, or find the scales that servers want for fp8"
     parser.add_argument("--kv-cache", choices=("int8", "int4", "fp8"), help=less)
     budget = "choose each layer's format so that perplexity grows by at most this share, such as 0.01"
@@ -34,8 +32,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
     from ..checkpoints.folder import refuse_out
     from ..compress import quantize
 
-    if args.calib is not None and not args.calib.is_file():
-        raise FileNotFoundError(f"--calib {args.calib}: there is no such file")
+    common.check_calibration(args)
     if args.plot is not None and args.max_loss is None:
         raise ValueError("--plot shows what --max-loss chose among: give both")
     if args.plot is not None and not args.plot.absolute().parent.is_dir():

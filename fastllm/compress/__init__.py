@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_HOME = {"quantize": "model"}
+_HOME = {"prune": "prune_model", "quantize": "model", "sparsify": "sparse_model"}
 __all__ = sorted(_HOME)
 
 

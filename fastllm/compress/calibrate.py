@@ -73,6 +73,15 @@ class Solver(ABC):
     def solve(self, weights: Sequence[Tensor], formats: Sequence[Format], seen: Statistics) -> list[QuantizedWeight]:
         """The weights [N, K] of layers with one input, quantized; scales in float32 are rounded by the caller."""
 
+    def stored(self, weight: Any, layer: Layer) -> Any:
+        """What `put` gets of what `solve` gave for a layer."""
+        return weight._replace(scale=weight.scale.to(layer.module.weight.dtype))
+
+    @property
+    def label(self) -> str:
+        """For the progress."""
+        return type(self).__name__.lower()
+
     def expert(self, w: Tensor, format: Format, seen: Statistics) -> QuantizedWeight:
         """As `solve`, for one projection of an expert, to whose input nothing can be moved."""
         return self.solve([w], [format], seen)[0]
@@ -93,7 +102,7 @@ def calibrate(
     are done, and come from if they were done before. cache: what is to be done for a cache of keys and values.
     """
     sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks.layers]
-    for index in track(range(len(blocks)), f"calibrating {type(solver).__name__.lower()}", sizes, quiet):
+    for index in track(range(len(blocks)), f"calibrating {solver.label}", sizes, quiet):
         prefix, block = f"{blocks.name(index)}.", blocks.layers[index]
         mine = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
         if work is not None and work.has(index):
@@ -134,7 +143,7 @@ def _solve(solver: Solver, group: Group, seen: Statistics, layers: Mapping[str, 
     own = [layers[name] for name in group.names]
     weights = solver.solve([layer.weight for layer in own], [layer.format for layer in own], seen)
     for name, layer, weight in zip(group.names, own, weights, strict=True):
-        put(name, weight._replace(scale=weight.scale.to(layer.module.weight.dtype)))
+        put(name, solver.stored(weight, layer))
 
 
 def find_groups(blocks: Blocks, index: int, layers: Mapping[str, Layer]) -> list[Group]:

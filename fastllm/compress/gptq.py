@@ -11,9 +11,10 @@ from torch import Tensor
 from ..formats import IntFormat, QuantizedWeight
 from ..quantizers import codes_and_scales, decode, packed
 from .statistics import output_error
+from .sweep import BLOCK
+from .sweep import sweep as sweep_columns
 
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean of the diagonal: the first with which the factorisation succeeds
-BLOCK = 128  # columns after which the rest of the weight is brought up to date
 
 
 def gptq(
@@ -86,19 +87,15 @@ def sweep(
 
     factor: from `inverse_factor`. scale, zero: [N, G]. group: of each column, int64 [K].
     """
-    N, K = w.shape
-    rest = w.t().contiguous()  # [K, N]: a column of w is a row in memory
     scales, zeros = scale.to(w.dtype).t().contiguous(), zero.to(w.dtype).t().contiguous()
-    codes = torch.empty(K, N, dtype=torch.uint8, device=w.device)
-    pivots, groups = factor.diagonal().tolist(), group.tolist()
-    for start in range(0, K, block):
-        stop = min(start + block, K)
-        part, errors = rest[start:stop], rest.new_empty(stop - start, N)
-        for j in range(stop - start):
-            column, s, z = part[j], scales[groups[start + j]], zeros[groups[start + j]]
-            q = (column / s).add_(z).round_().clamp_(0, highest)
-            codes[start + j] = q
-            torch.sub(column, q.sub_(z).mul_(s), out=errors[j]).div_(pivots[start + j])
-            part[j + 1 :].addr_(factor[start + j, start + j + 1 : stop], errors[j], alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    codes = torch.empty(*w.shape[::-1], dtype=torch.uint8, device=w.device)
+    groups = group.tolist()
+
+    def settle(k: int, column: Tensor) -> Tensor:
+        s, z = scales[groups[k]], zeros[groups[k]]
+        q = (column / s).add_(z).round_().clamp_(0, highest)
+        codes[k] = q
+        return q.sub_(z).mul_(s)
+
+    sweep_columns(w, factor, settle, block=block)
     return codes.t()

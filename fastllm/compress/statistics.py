@@ -8,7 +8,7 @@ SAMPLE = 512  # rows that are kept, for those who want some
 
 
 class Statistics:
-    """Of rows x [K]: their number, the sum of |x|, the largest |x|, and the mean of x x.T, all float32; and some rows.
+    """Of rows x [K]: their number, sums of |x| and x**2, the largest |x|, the mean of x x.T, all float32; some rows.
 
     Layers with the same input share one.
     """
@@ -17,6 +17,7 @@ class Statistics:
         """products: whether x x.T is wanted, which takes 4 K**2 bytes; sample: how many rows are, 4 K bytes each."""
         self.count = 0
         self.total = torch.zeros(K, device=device)  # [K]
+        self.squares = torch.zeros(K, device=device)  # [K]
         self.largest = torch.zeros(K, device=device)  # [K]
         self.products = torch.zeros(K, K, device=device) if products else None
         self.sample = torch.zeros(0, K, device=device)  # of all rows alike, in their order
@@ -29,6 +30,7 @@ class Statistics:
             before, self.count = self.count, self.count + len(rows)
             size = rows.abs()
             self.total += size.sum(0)
+            self.squares += size.square().sum(0)
             self.largest = torch.maximum(self.largest, size.amax(0)) if len(rows) else self.largest
             if self.products is not None and len(rows):  # a mean at any time, so that nobody has to copy it
                 self.products.mul_(before / self.count).addmm_(rows.t(), rows, alpha=1 / self.count)
@@ -48,6 +50,7 @@ class Statistics:
     def divide(self, scale: Tensor) -> None:
         """As if every row had been divided by `scale` [K]."""
         self.total /= scale
+        self.squares /= scale.square()
         self.largest /= scale
         self.sample /= scale
         if self.products is not None:
@@ -57,6 +60,11 @@ class Statistics:
     def mean(self) -> Tensor:
         """The mean of |x|, [K]."""
         return self.total / max(1, self.count)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """The mean of x**2, [K]."""
+        return self.squares / max(1, self.count)
 
     @property
     def hessian(self) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..formats import Format, Fp8Format, IntFormat, QuantizedWeight
-from ..nn import QuantExperts, QuantLinear
+from ..nn import QuantExperts, build_layer
 from ..patch.apply import Put, is_patched, planned, without_data
 from ..patch.errors import NotSupportedError, refuse_state
 from ..patch.plan import Decision, Plan, Planner
@@ -111,7 +111,7 @@ class Task(NamedTuple):
                     assert isinstance(format, IntFormat)
                     return QuantExperts.from_weights(original, format, found)
                 old = Layer(original, format)
-                layer = QuantLinear(found, old.shape, format, original.bias)
+                layer = build_layer(found, old.shape, format, original.bias)
                 layer.transposed = old.transposed
                 return layer
 

@@ -1,6 +1,6 @@
 """`QuantLinear`: a linear layer whose weight stays packed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class QuantLinear(nn.Module):
     # tensor-parallel plans of transformers shard plain local tensors, in `_parameters`
     _hf_quantized_needs_local_tp = True
 
+    _HELD: tuple[str, ...] = ("packed",)  # what a layout permutes, of a `QuantizedWeight`
     transposed = False  # whether the layer it replaces stores its weight as [in, out]
     batch_invariant = False  # whether a row of y must have the same bits whatever the other rows of x are
     weight_scale: Tensor
@@ -40,9 +41,20 @@ class QuantLinear(nn.Module):
         Raises ValueError if the tensors cannot be such a weight.
         """
         super().__init__()
-        check(weight, format, shape)
+        self._check(weight, format, shape)
         self.out_features, self.in_features = shape
         self.format = format
+        self._register(weight, bias)
+        self.register_buffer("_scale", None, persistent=False)
+        self.register_buffer("_zero", None, persistent=False)
+        self.layout = ""  # at rest
+        self.prepare()
+
+    @staticmethod
+    def _check(weight: QuantizedWeight, format: Format, shape: tuple[int, int]) -> None:
+        check(weight, format, shape)
+
+    def _register(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
         for name, tensor in (
             ("weight_scale", weight.scale),
             ("weight_packed", weight.packed),
@@ -52,10 +64,6 @@ class QuantLinear(nn.Module):
             self.register_parameter(
                 name, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
             )
-        self.register_buffer("_scale", None, persistent=False)
-        self.register_buffer("_zero", None, persistent=False)
-        self.layout = ""  # at rest
-        self.prepare()
 
     @classmethod
     def from_linear(
@@ -135,18 +143,19 @@ class QuantLinear(nn.Module):
         layout = layout_for(self.format, *self.shape, self.weight_scale.dtype, device)
         prepared = layout.pack(self.at_rest(), self.format, self.shape)
         self.layout = layout.name
-        self._set_packed(prepared.w)
+        self._hold({"packed": prepared.w, "index": prepared.index})
         self._scale, self._zero = prepared.scale, prepared.zero
 
     def to_rest(self) -> None:
         """The inverse of `prepare`."""
         if self.layout:
-            self._set_packed(self.at_rest().packed)
+            self._hold(self.at_rest()._asdict())
             self.layout = ""
             self._buffers.update(_scale=None, _zero=None)
 
-    def _set_packed(self, packed: Tensor) -> None:
-        self._parameters["weight_packed"] = nn.Parameter(packed, requires_grad=False)
+    def _hold(self, weight: Mapping[str, Any]) -> None:
+        for part in self._HELD:
+            self._parameters[f"weight_{part}"] = nn.Parameter(weight[part], requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], floating point -> [..., out_features] in x's dtype. ValueError for anything else."""
@@ -187,23 +196,27 @@ class QuantLinear(nn.Module):
         for name, held in self._parameters.items():
             if held is not None and not held.is_mkldnn and held.untyped_storage().nbytes() > held.nbytes:
                 destination[prefix + name] = held.detach().clone()  # experts share memory, which files cannot
-        packed = self.at_rest().packed
-        shares = packed.untyped_storage().nbytes() > packed.nbytes
-        destination[prefix + "weight_packed"] = packed.clone() if shares else packed
+        rest = self.at_rest()._asdict()
+        for part in self._HELD:
+            shares = rest[part].untyped_storage().nbytes() > rest[part].nbytes
+            destination[f"{prefix}weight_{part}"] = rest[part].clone() if shares else rest[part]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.to_rest()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        given, packed = state_dict.get(prefix + "weight_packed"), self.weight_packed
-        if given is not None and not packed.is_meta and packed.data_ptr() == given.data_ptr():
-            self._set_packed(packed.detach().clone())  # assign=True: preparing it must not touch what was given
+        for part in self._HELD:
+            given, own = state_dict.get(f"{prefix}weight_{part}"), self._parameters[f"weight_{part}"]
+            if given is not None and own is not None and not own.is_meta and own.data_ptr() == given.data_ptr():
+                # assign=True: preparing it must not touch what was given
+                self._parameters[f"weight_{part}"] = nn.Parameter(own.detach().clone(), requires_grad=False)
         self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if self.layout:
-            packed = nn.Parameter(self.at_rest().packed, requires_grad=False)
-            state["_parameters"] = {**self._parameters, "weight_packed": packed}
+            rest = self.at_rest()._asdict()
+            held = {f"weight_{part}": nn.Parameter(rest[part], requires_grad=False) for part in self._HELD}
+            state["_parameters"] = {**self._parameters, **held}
             state["_buffers"] = {**self._buffers, "_scale": None, "_zero": None}
             state["layout"] = ""
         return state

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Prepared(NamedTuple):
     w: Tensor
     scale: Tensor
     zero: Tensor | None
+    index: Tensor | None = None  # type: ignore[assignment]  # of sparse weights
 
 
 class Layout(ABC):
@@ -116,7 +117,7 @@ class DynamicLayout(Layout):
 
 
 def choose(
-    layouts: Mapping[str, Layout], format: Format, N: int, K: int, dtype: torch.dtype, device: torch.device
+    layouts: Mapping[str, Layout], format: Any, N: int, K: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Layout, dict[str, list[str]]]:
     """The first of `layouts` that can hold the weight, and why those before it cannot: {name: reasons}.
 

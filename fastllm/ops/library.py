@@ -21,14 +21,19 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-def define(name: str, forward: Callable[..., Tensor], grad_x: Callable[..., Tensor], rest: str) -> None:
+OPERANDS = "Tensor w, Tensor scale, Tensor? zero"
+
+
+def define(
+    name: str, forward: Callable[..., Tensor], grad_x: Callable[..., Tensor], rest: str, operands: str = OPERANDS
+) -> None:
     """Define `fastllm::name`, differentiable with respect to x and bias, and `fastllm::name_grad_x`.
 
     forward(x, w, scale, zero, bias, N, *rest, batch_invariant) -> y [..., N]
     grad_x(grad, w, scale, zero, K, *rest) -> [..., K]
     rest: the further arguments of both, as in a schema
+    operands: three tensors, of which the third may take another place than that of zero points
     """
-    operands = "Tensor w, Tensor scale, Tensor? zero"
     LIBRARY.define(f"{name}(Tensor x, {operands}, Tensor? bias, int N, {rest}, bool batch_invariant=False) -> Tensor")
     LIBRARY.define(f"{name}_grad_x(Tensor grad, {operands}, int K, {rest}) -> Tensor")
     for key in ("CPU", "CUDA", "MkldnnCPU"):  # the last: oneDNN's blocks are opaque tensors with a key of their own

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import SaveHook
 from ..formats import Format
-from ..nn import QuantExperts, QuantLinear
+from ..nn import PackedLinear, QuantExperts, QuantLinear
 from ..nn.linear import move_hook
 from ..probe import outputs, probe, refuse_nan
 from ..progress import track
@@ -198,8 +198,8 @@ def _undo(model: nn.Module, patch: Patch) -> None:
     for name, original in patch.originals.items():
         replaced = model.get_submodule(name)
         layer = replaced.layers()[0] if isinstance(replaced, QuantExperts) else replaced
-        if isinstance(layer, QuantLinear):  # the model may have been moved, or set to train, since
-            weight, now = next(original.parameters()), layer.weight_scale
+        if isinstance(layer, PackedLinear):  # the model may have been moved, or set to train, since
+            weight, now = next(original.parameters()), layer.weight
             if (weight.dtype, weight.device) != (now.dtype, now.device):
                 original.to(now)
             original.train(layer.training)
@@ -217,10 +217,10 @@ def restore(model: Any) -> Any:
     if not is_patched(inner):
         raise NotSupportedError("the model is not optimized by fastllm; nothing to restore")
     patch = inner._fastllm
-    if (patch.report.plan.chosen and not patch.originals) or (patch.changed and not patch.changes):
+    if not patch.report.keep and (patch.report.plan.chosen or patch.changed):
         raise NotSupportedError("the originals were freed (keep=False); load the model again")
     for name in patch.originals:
-        if not isinstance(now := inner.get_submodule(name), (QuantLinear, QuantExperts)):
+        if not isinstance(now := inner.get_submodule(name), PackedLinear | QuantExperts):
             raise NotSupportedError(
                 f"{name} has become a {type(now).__name__}, which would be lost; call unload() first"
             )

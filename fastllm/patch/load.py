@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from .. import checkpoints
 from ..kv_formats import kv_format
-from ..nn import QuantLinear
+from ..nn import BlockSparseLinear, PackedLinear, QuantLinear
 from ..ops import layouts_of
 from ..probe import outputs, probe, reads_tokens
 from .accuracy import agreement
@@ -46,14 +46,16 @@ def load(
     kv_format(kv_cache)  # complains before anything is read
     model: Any = checkpoints.load(path, **settings)
     text = model.config.get_text_config()
-    packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
     if not packed or not reads_tokens(model) or text is not model.config:
         return model
     speedups = Speedups(model, attention, fuse, kv_cache, decode)
     plan = as_it_is(model)
     for decision in plan.decisions:
         layer = model.get_submodule(decision.name)
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, BlockSparseLinear):
+            decision.runs = f"{layer.format.name}, {layer.runs}"
+        elif isinstance(layer, QuantLinear):
             decision.runs = f"{layer.format.name}, {layouts_of(layer.format)[layer.layout].runs}"
     patch = Patch(Report(model, plan, keep=True), speedups)
     patch.loaded = True

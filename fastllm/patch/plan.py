@@ -9,7 +9,7 @@ from torch import nn
 
 from ..checkpoints.choice import Choice, Patterns
 from ..formats import Format
-from ..nn import QuantExperts, QuantLinear
+from ..nn import PackedLinear, QuantExperts
 from ..nn.experts import is_experts, up_name
 from ..ops import what_runs
 
@@ -112,7 +112,7 @@ class Planner:
         return plan
 
     def _decide(self, name: str, module: Any, is_head: bool, model: Any) -> Decision:
-        size = module.nbytes if isinstance(module, QuantLinear) else _bytes(module)
+        size = module.nbytes if isinstance(module, PackedLinear) else _bytes(module)
         if isinstance(module, nn.Embedding) and not is_head:
             row = size // max(1, module.num_embeddings)
             return Decision(name, "embedding", row, row)
@@ -163,7 +163,7 @@ class Planner:
         return decision
 
     def _why_other(self, module: nn.Module) -> tuple[str, str]:
-        if isinstance(module, (QuantLinear, QuantExperts)):
+        if isinstance(module, PackedLinear | QuantExperts):
             return "already quantized by fastllm", "start from the dense checkpoint"
         if isinstance(module, nn.Linear):
             return (

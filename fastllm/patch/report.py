@@ -41,6 +41,8 @@ class Report:
         self.memory_before, self.memory_after, self.memory_kept = memory(model), 0, 0
         self.accuracy: Accuracy | None = None
         self.budget: Any = None  # of `fastllm.quantize(max_loss=...)`: what was chosen and measured
+        self.what = "quantized"  # what the weights that were chosen are
+        self.notes: list[str] = []  # further lines
         self.saved = ""  # the folder, if it was from a checkpoint to another and no model stayed
         self.speedups: Any = None  # attention, fused modules and the decoding loop (`fastllm.patch.speedups`)
 
@@ -73,14 +75,14 @@ class Report:
             before, after = (sum(getattr(d, side) for d in found) for side in ("before", "after"))
             count = sum(d.layers for d in found)
             lines.append(f"  {part:36} {count:6} {size(before):>9} {size(after):>9}  {'; '.join(runs)}")
-        change = f" -> {size(self.plan.after)} per token; {self.coverage:.1%} of it quantized"
+        change = f" -> {size(self.plan.after)} per token; {self.coverage:.1%} of it {self.what}"
         lines.append(f"  {done} {size(self.plan.before)}{change if self.plan.chosen else ' per token'}")
         for reason, found in self._skipped().items():
             names = found[0].name if len(found) == 1 else f"{found[0].name} and {len(found) - 1} more"
             lines.append(f"  skipped {names} ({size(sum(d.before for d in found))}): {reason}")
         if not self.dry_run:
             lines += [] if self.budget is None else [f"  budget: {self.budget.summary()}"]
-            lines += [f"  {line}" for line in self.speedups.lines()]
+            lines += [f"  {line}" for line in (*self.notes, *self.speedups.lines())]
             kept = f" + {size(self.memory_kept)} of originals (keep=False frees them)" if self.keep else ""
             lines.append(f"  memory {size(self.memory_before)} -> {size(self.memory_after)}{kept}")
             lines.append(f"  check: {self.accuracy}")
@@ -112,6 +114,7 @@ class Report:
             "memory_of_originals": self.memory_kept,
             "accuracy": asdict(self.accuracy) if self.accuracy else None,
             "decisions": decisions,
+            **({"notes": self.notes} if self.notes else {}),
             **({} if self.budget is None else {"budget": self.budget.to_dict()}),
             **self.speedups.to_dict(),
         }
