@@ -1,4 +1,4 @@
-"""Put the figures of a demo's result file into README.md, so that none is typed.
+"""Put the figures of result files into README.md and docs/sparsity.md, so that none is typed.
 
 python bench/figures.py [bench/results/<device>/demo.json]
 """
@@ -24,6 +24,8 @@ METHODS = (
     "bf16, fused, calibrated for int4 keys and values",
 )
 CALIBRATED = "`gptq`, `awq`, `smoothquant` and `max_loss` saw 128 samples of 512 tokens of other text, on this CPU."
+DOCS = ROOT / "docs/sparsity.md"
+SPARSITY, SPARSITY_END = "<!-- sparsity: bench/figures.py writes this part -->", "<!-- /sparsity -->"
 BEGIN, END = "<!-- figures: bench/figures.py writes this part -->", "<!-- /figures -->"
 
 
@@ -110,8 +112,22 @@ def row(name: str, run: dict[str, Any], dense: dict[str, Any]) -> str:
 
 def replaced(readme: str, path: Path) -> str:
     """The text of README.md with the figures of `path`."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + "\n" + section(path) + "\n" + END + rest.split(END)[1]
+    return _between(readme, BEGIN, END, section(path))
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+
+
+def sparsity(text: str, folder: Path) -> str:
+    """The text of docs/sparsity.md with the tables of a folder of results."""
+    tables = []
+    for name in ("sparsity", "sparsity_errors", "prune"):
+        found = folder / f"{name}.md"
+        if found.exists():
+            tables += [found.read_text(encoding="utf-8").strip(), ""]
+    return _between(text, SPARSITY, SPARSITY_END, "\n".join(tables).strip())
 
 
 def results() -> list[Path]:
@@ -123,8 +139,9 @@ def main() -> None:
     parser.add_argument("result", nargs="?", type=Path, default=None, help="default: the one in bench/results")
     args = parser.parse_args()
     readme = ROOT / "README.md"
-    text = replaced(readme.read_text(encoding="utf-8"), (args.result or results()[0]).resolve())
-    readme.write_text(text, encoding="utf-8")
+    result = (args.result or results()[0]).resolve()
+    readme.write_text(replaced(readme.read_text(encoding="utf-8"), result), encoding="utf-8")
+    DOCS.write_text(sparsity(DOCS.read_text(encoding="utf-8"), result.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Block-sparse weights: of a matrix cut into blocks of B x B, those that are not zero.
 
-The format is BSR (block sparse row) as in the sparse BLAS and `torch.sparse_bsr`, but for the blocks themselves: each is
-stored with its columns first. The blocks of a row of blocks, one below the other, are then one contiguous matrix
+The format is BSR (block sparse row) as in the sparse BLAS and `torch.sparse_bsr`, but for the blocks themselves: each
+is stored with its columns first. The blocks of a row of blocks, one below the other, are then one contiguous matrix
 [count * B, B], which a CPU multiplies as it lies, and tensor cores read either way.
 """
 
@@ -33,7 +33,8 @@ class BlockFormat:
 class BlockSparseWeight(NamedTuple):
     """W [N, K] with blocks of B x B, row of blocks by row of blocks, in the order of columns.
 
-    values:  [nnz, B, B] float16, bfloat16 or float32; W[rB + n, cB + k] = values[j, k, n] for block j in row r, column c
+    values:  [nnz, B, B] float16, bfloat16 or float32; W[rB + n, cB + k] = values[j, k, n] for block j, at row r and
+        column c of blocks
     columns: int32 [nnz], the c of each block, ascending within a row
     rows:    int32 [N / B + 1]; row r has the blocks rows[r] to rows[r + 1] - 1, which may be none
     """

@@ -15,7 +15,7 @@ import triton.language as tl
 from .launch import Plan, launch, on_device
 from .operands import device_of, interpreted, uses_ptx
 from .quant_matmul import INVARIANT_ROWS, _arrive, _sum_parts
-from .sparse_parts import BITS, Kept, check_lanes, half_word, highest, shifted, value_of
+from .sparse_parts import BITS, Kept, check_lanes, half_word, highest, nothing, shifted, value_of
 from .tickets import take_tickets
 
 WARPS = 8  # of a program: each takes every eighth block of its 32 rows
@@ -65,7 +65,7 @@ def _load(ptrs, mask, policy: tl.constexpr):
 
 @triton.jit
 def _load_words(ptrs, mask, COUNT: tl.constexpr):
-    words = ()
+    words = nothing()
     for i in tl.static_range(COUNT):
         words = words + (_load(ptrs + i * 32, mask, "evict_first"),)
     return words
@@ -74,7 +74,7 @@ def _load_words(ptrs, mask, COUNT: tl.constexpr):
 @triton.jit
 def _load_rows(x_ptrs, rows, mask, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
     """A block of x, [WARPS, 32] a row: float32, or with PAIRS two rows of 16 bits in each word."""
-    found = ()
+    found = nothing()
     for m in tl.static_range(0, BLOCK_M, 2 if PAIRS else 1):
         low = _load(x_ptrs + rows[m], mask, "")
         if PAIRS:
@@ -88,7 +88,7 @@ def _load_rows(x_ptrs, rows, mask, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def _add(acc, xs, column, value, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, X_BF16: tl.constexpr):
     """acc + x[:, column] * value, row by row. The threads of a warp have its 32 columns of x, and pass them on."""
-    sums = ()
+    sums = nothing()
     for m in tl.static_range(0, BLOCK_M, 2 if PAIRS else 1):
         if PAIRS:
             pair = tl.gather(xs[m // 2], column, 1)
@@ -103,7 +103,7 @@ def _add(acc, xs, column, value, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, X_B
 
 @triton.jit
 def _halve(parts, half: tl.constexpr):
-    pairs = ()
+    pairs = nothing()
     for i in tl.static_range(half):
         pairs = pairs + (tl.join(parts[i], parts[i + half]),)
     return pairs
@@ -149,13 +149,13 @@ def _sparse_matmul(
     index_ptrs, w_ptrs, x_ptrs = index + place + lanes, w + place * WORDS + lanes, x + start * 32 + lanes
     PAIRS: tl.constexpr = BLOCK_M > 2 and x.dtype.element_ty != tl.float32
     X_BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-    rows, acc = (), ()
+    rows, acc = nothing(), nothing()
     for m in tl.static_range(BLOCK_M):  # rows past M repeat the last one, cheaper than a mask
         rows = rows + (tl.minimum(pid_m * BLOCK_M + m, M - 1).to(tl.int64) * stride_xm,)
         acc = acc + (tl.zeros((WARPS, 32), tl.float32),)
     magic = 0x4B000000 | (N >> 31)  # N is positive, which the compiler does not know
     for step in range(0, steps):
-        masks, words, xs = (), (), ()
+        masks, words, xs = nothing(), nothing(), nothing()
         for u in tl.static_range(UNROLL):  # all loads first
             # what is beyond reads as 0, which adds nothing
             inside = None if EVEN else start + (step * UNROLL + u) * WARPS < blocks
@@ -263,7 +263,7 @@ def _plan(M: int, N: int, K: int, kept: Kept, tile: Config, PTX: bool) -> Plan:
     each = turn(kept.words)
     steps = -(-K // (32 * WARPS * each * tile.SPLIT_K)) * (each // tile.UNROLL)
     constants = {
-        "KEPT": kept.count,
+        "KEPT": kept.number,
         "QUADS": kept.quads,
         "BITS": BITS[kept.values],
         "BF16": kept.values == torch.bfloat16,

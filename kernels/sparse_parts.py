@@ -18,21 +18,21 @@ BITS = {torch.int8: 8, torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 
 
 class Kept(NamedTuple):
-    """What is kept: `count` of each 32 columns; two of each four if `quads`. values: int8 stands for q + 128."""
+    """What is kept: `number` of each 32 columns; two of each four if `quads`. values: int8 stands for q + 128."""
 
-    count: int
+    number: int
     quads: bool
     values: torch.dtype
 
     @property
     def words(self) -> int:
         """Of the values of a row in a block."""
-        return -(-self.count * BITS[self.values] // 32)
+        return -(-self.number * BITS[self.values] // 32)
 
 
 def check_lanes(w: torch.Tensor, index: torch.Tensor, scale: torch.Tensor | None, N: int, K: int, kept: Kept) -> None:
     """Raise ValueError unless these are a weight [N, K]: kernels would read beyond them."""
-    if kept.values not in BITS or not 1 <= kept.count <= 32 or (kept.quads and kept.count != 16):
+    if kept.values not in BITS or not 1 <= kept.number <= 32 or (kept.quads and kept.number != 16):
         raise ValueError(f"{kept}: values are int8 or floats, 1 to 32 of 32, 16 in quads")
     if K % 32 or K < 1 or N < 0:
         raise ValueError(f"K={K} is not a multiple of 32: sparse weights are stored 32 columns at a time")
@@ -42,8 +42,14 @@ def check_lanes(w: torch.Tensor, index: torch.Tensor, scale: torch.Tensor | None
             have = f"{t.dtype} {list(t.shape)}"
             raise ValueError(f"{name} must be a contiguous int32 {list(shape)} for [{N}, {K}] of {kept}; got {have}")
     if kept.values == torch.int8 and (scale is None or scale.shape not in ((N,), (N, 1)) or not scale.is_contiguous()):
-        have = None if scale is None else list(scale.shape)
-        raise ValueError(f"scale of int8 values must be a contiguous [{N}, 1]: one for each row; got {have}")
+        got = None if scale is None else list(scale.shape)
+        raise ValueError(f"scale of int8 values must be a contiguous [{N}, 1]: one for each row; got {got}")
+
+
+@triton.jit
+def nothing():
+    """A tuple for others to be added to."""
+    return ()
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the compiler makes of the block-sparse kernel for absent GPUs: no spills, tensor cores, loads that do not wait."""
+"""What the compiler makes of the block-sparse kernel for absent GPUs: no spills, tensor cores, no loads that wait."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +51,8 @@ class Stats(NamedTuple):
 
 def complaints(build: Build, stats: Stats) -> list[str]:
     wide = build.B >= 64 or build.BLOCK_M >= 64  # wgmma has 64 rows
-    # what a program may have, that as many may be on a multiprocessor as `TILES` reckons with
-    registers = 255 if build.B == 128 else 168 if build.dtype == "fp32" else 128
+    # so many that two programs of 8 warps fit on a multiprocessor, as `TILES` reckons with
+    registers = 128 if (build.target, build.B) == (90, 64) else 255
     limits = {
         "shared memory": (stats.shared, LIMITS[build.target]),
         "bytes on the stack": (stats.stack, 0),
@@ -63,39 +64,31 @@ def complaints(build: Build, stats: Stats) -> list[str]:
     found = [f"{value} {what}, allowed {limit}" for what, (value, limit) in limits.items() if value > limit]
     found += [] if stats.async_loads else ["loads wait"]
     if build.dtype != "fp32":
-        # the loop must leave the tensor cores' time to them: 64 x 64 values of a block and 16 rows are the least work
-        most = 16.0 * build.BLOCK_M / 16 if build.B > 32 else 24.0 * build.BLOCK_M / 16
+        # with few rows the memory's time is what counts: an H100 can spend 18 on the 2 bytes of a value
+        most = 5 + build.BLOCK_M / 20
         found += [f"{stats.per_value} instructions for a value"] if stats.per_value > most else []
         found += ["no wgmma"] if build.target == 90 and wide and not stats.wgmma else []
         found += ["no tensor cores"] if not stats.wgmma + stats.mma else []
     return found
 
 
-def builds() -> Iterator[Build]:
-    """Every tile on sm_90; on sm_80 and sm_89, which share theirs, on one each; split and whole, by turns."""
-    from fastllm.kernels.block_sparse_matmul import FLOAT32, SIZES, TILES
+def builds(every: bool) -> Iterator[Build]:
+    """Tiles of sm_90, and of sm_80 and sm_89, which share theirs; of each size of block a few, or all in all forms."""
+    from fastllm.kernels.block_sparse_matmul import FLOAT32, TILES
 
     for (B, capability), tiles in TILES.items():
         for i, tile in enumerate(tiles):
-            target = 90 if capability == 90 else (80, 89)[i % 2]
-            split = 4 if tile.BLOCK_M <= 64 and i % 2 == 0 else 1
-            yield Build(target, ("bf16", "fp16")[i % 2], B, *tile._replace(SPLIT_K=split, GROUP_M=4), bias=i % 3 > 0)
-    for i, B in enumerate(SIZES):
-        yield Build((90, 80, 89)[i], "fp32", B, *FLOAT32[0]._replace(GROUP_M=4))
-
-
-def others() -> Iterator[Build]:
-    """What `builds` leaves out: the other dtype, split or not, on the other of the two."""
-    from fastllm.kernels.block_sparse_matmul import FLOAT32, SIZES
-
-    for build in builds():
-        if build.dtype != "fp32":
-            split = 1 if build.SPLIT_K > 1 or build.BLOCK_M > 64 else 4
-            dtype = "fp16" if build.dtype == "bf16" else "bf16"
-            target = {80: 89, 89: 80}.get(build.target, build.target)
-            yield build._replace(dtype=dtype, SPLIT_K=split, target=target, bias=not build.bias)
-    for tile in FLOAT32:
-        yield from (Build(target, "fp32", B, *tile._replace(SPLIT_K=4)) for target in (80, 90) for B in SIZES)
+            if not every and i not in (0, len(tiles) - 1) and (B, capability) != (64, 90):
+                continue
+            forms = [(("bf16", "fp16")[i % 2], 90 if capability == 90 else (80, 89)[B == 64], tile.BLOCK_M <= 32)]
+            if every:
+                targets = (90,) if capability == 90 else (80, 89)
+                forms = list(product(("bf16", "fp16"), targets, (False, True) if tile.BLOCK_M <= 64 else (False,)))
+            for dtype, target, split in forms:
+                own = tile._replace(SPLIT_K=4 if split else 1, GROUP_M=4)
+                yield Build(target, dtype, B, *own, bias=split or i % 2 > 0)
+        for tile, split in product(FLOAT32, (1, 4)) if every else [(FLOAT32[0], 1)] if B == capability - 26 else []:
+            yield Build(capability, "fp32", B, *tile._replace(SPLIT_K=split, GROUP_M=4))
 
 
 BAD = [
@@ -118,7 +111,8 @@ def compile_one(build: Build, scratch: Path) -> Stats:
     types = {"x": x, "values": x, "bias": x, "y": x, "partial": "*fp32"}
     types |= dict.fromkeys(("columns", "rows", "order", "tickets"), "*i32")
     constants = {name: getattr(build, name) for name in ("B", "SWAP", "BLOCK_M", "BLOCK_K", "SPLIT_K", "GROUP_M")}
-    constants |= dict.fromkeys((["partial", "tickets"] if build.SPLIT_K == 1 else []) + ([] if build.bias else ["bias"]))
+    constants |= dict.fromkeys(["partial", "tickets"] if build.SPLIT_K == 1 else [])
+    constants |= {} if build.bias else {"bias": None}
     source = ASTSource(
         fn=kernel,
         signature={n: "constexpr" if n in constants else types.get(n, "i32") for n in names},
@@ -144,8 +138,7 @@ def compile_one(build: Build, scratch: Path) -> Stats:
 
 def main(scratch: Path, which: str) -> None:
     """Compile and print one JSON object a line. A process of its own: the tests' own process interprets kernels."""
-    found = [*builds(), *(build for _, build in BAD)] if which == "builds" else others()
-    for build in found:
+    for build in [*builds(which == "all"), *(build for _, build in BAD)]:
         print(json.dumps([build, compile_one(build, scratch)]), flush=True)
 
 
@@ -163,21 +156,16 @@ def all_complaints(compiled: dict[Build, Stats]) -> str:
     return "\n".join(f"{b}: {line} ({stats})" for b, stats in compiled.items() for line in complaints(b, stats))
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Build, Stats]:
-    return compiled_by("builds", tmp_path_factory.mktemp("compiled"))
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Build, Stats]:
+    return compiled_by(request.param, tmp_path_factory.mktemp("compiled"))
 
 
 def test_every_tile_compiles_well(compiled: dict[Build, Stats]) -> None:
     good = {build: stats for build, stats in compiled.items() if build not in [b for _, b in BAD]}
-    assert {(b.target, b.B) for b in good} == {(target, B) for target in (80, 89, 90) for B in (32, 64, 128)}
+    assert {b.target for b in good} == {80, 89, 90} and {b.B for b in good if b.target == 90} == {32, 64, 128}
+    assert {b.dtype for b in good} == {"bf16", "fp16", "fp32"} and {b.SPLIT_K for b in good} == {1, 4}
     found = all_complaints(good)
-    assert not found, found
-
-
-@pytest.mark.slow
-def test_so_does_the_rest(tmp_path: Path) -> None:
-    found = all_complaints(compiled_by("others", tmp_path))
     assert not found, found
 
 
@@ -188,8 +176,10 @@ def test_a_bad_tile_is_seen(what: str, build: Build, compiled: dict[Build, Stats
 
 def test_large_tiles_leave_room_for_what_they_should(compiled: dict[Build, Stats]) -> None:
     """Blocks of 64 on sm_90: two programs on a multiprocessor; its memory for them, and 65536 registers."""
-    large = [(b, s) for b, s in compiled.items() if b.target == 90 and b.B == 64 and b.BLOCK_M >= 128 and b.num_stages > 3]
-    assert len(large) == 2
+    large = [
+        (b, s) for b, s in compiled.items() if (b.target, b.B) == (90, 64) and b.BLOCK_M >= 128 and b.num_stages > 1
+    ]
+    assert len(large) >= 2
     for build, stats in large:
         assert 2 * (stats.shared + 1024) <= 228 * 1024 and 2 * 32 * build.num_warps * stats.registers <= 65536
 

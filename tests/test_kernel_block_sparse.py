@@ -70,12 +70,13 @@ def test_exact(M: int, B: int, nb: int, kb: int, dtype: torch.dtype, bias: bool,
     check_exact(exact(M, B, nb, kb, dtype, bias, device))
 
 
-TILED = [(B, tile) for (B, _), tiles in TILES.items() for tile in tiles]
+# the interpreter knows neither warps nor stages
+TILED = [(B, tile._replace(num_warps=4, num_stages=2)) for (B, _), tiles in TILES.items() for tile in tiles]
 
 
 @pytest.mark.parametrize("B, tile", dict.fromkeys(TILED))
 def test_every_tile(B: int, tile: Config, device: str) -> None:
-    """With more rows than a tile, so that the last one is short; split in as many parts as a row of blocks has, plus."""
+    """With more rows than a tile, so that the last one is short; split as well, in more parts than there are."""
     p = exact(tile.BLOCK_M + 3, B, 4, 3, torch.float16, True, device)
     check_exact(p, tile=tile)
     if tile.BLOCK_M <= 32:
@@ -120,7 +121,9 @@ def one_at(like: Tensor, *at: int) -> Tensor:
 
 
 WRONG: dict[str, Callable[[Problem], Problem]] = {
-    "one value": lambda p: p._replace(weight=p.weight._replace(values=p.weight.values + one_at(p.weight.values, -1, 63, 0))),
+    "one value": lambda p: p._replace(
+        weight=p.weight._replace(values=p.weight.values + one_at(p.weight.values, -1, 63, 0))
+    ),
     "one x": lambda p: p._replace(x=p.x + one_at(p.x, 16, -1)),
     "blocks the other way": lambda p: p._replace(
         weight=p.weight._replace(values=p.weight.values.transpose(1, 2).contiguous())
@@ -181,7 +184,7 @@ def test_rows_do_not_depend_on_each_other(device: str) -> None:
 
 
 def test_tiles_fit_the_problem() -> None:
-    """Narrow for few rows, wide for many, split while there are few programs; never more parts than pairs of blocks."""
+    """Narrow for few rows, wide for many; split while there are few programs, never beyond pairs of blocks."""
     for B in SIZES:
         half = 4096 * 4096 // (2 * B * B)
         by_rows = [config(M, 4096, 4096, B, half) for M in (1, 16, 32, 64, 512, 4096)]
@@ -202,15 +205,15 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     p = exact(3, 32, 4, 4, torch.float32, True, "cpu")
     values, columns, rows = p.weight
     order, bias = order_of(rows), p.bias
-    n = len(values)
+    n, must = len(values), "must be a contiguous"
     for operands, message in (
         ((p.x.half(), values, columns, rows, order, bias), r"x must be torch.float32 \[M, K\] like the values"),
         ((p.x[:, :31], values, columns, rows, order, bias), r"K a multiple of 32; got torch.float32 \[3, 31\]"),
         ((p.x, values[:, :16, :16], columns, rows, order, bias), r"B one of \(32, 64, 128\); got \[\d+, 16, 16\]"),
         ((p.x, values.transpose(1, 2), columns, rows, order, bias), "values must be a contiguous"),
-        ((p.x, values, columns.long(), rows, order, bias), rf"columns must be a contiguous int32 \[{n}\]; got torch.int64"),
-        ((p.x, values, columns[1:], rows, order, bias), rf"columns must be a contiguous int32 \[{n}\]; got .* \[{n - 1}\]"),
-        ((p.x, values, columns, rows, order[1:], bias), r"order must be a contiguous int32 \[4\]; got torch.int32 \[3\]"),
+        ((p.x, values, columns.long(), rows, order, bias), rf"columns {must} int32 \[{n}\]; got torch.int64"),
+        ((p.x, values, columns[1:], rows, order, bias), rf"columns {must} int32 \[{n}\]; got .* \[{n - 1}\]"),
+        ((p.x, values, columns, rows, order[1:], bias), rf"order {must} int32 \[4\]; got torch.int32 \[3\]"),
         ((p.x, values, columns, rows[None], order, bias), "rows must be"),
         ((p.x, values, columns, rows, order, bias[:5]), r"bias must be a contiguous \[128\], got \[5\]"),
         ((p.x, values, columns, rows, order, bias.to("meta")), "bias is on meta, x is on cpu"),

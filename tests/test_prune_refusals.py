@@ -18,7 +18,9 @@ from fastllm.compress.prune_layers import Judge
 from fastllm.patch import NotSupportedError
 
 
-def refused(model: Any, match: str, error: type[Exception] = ValueError, calib: Any = None, **asked: Any) -> None:
+def refused(
+    model: Any, match: str | None, error: type[Exception] = ValueError, calib: Any = None, **asked: Any
+) -> None:
     before = state(model)
     with pytest.raises(error, match=match):
         fastllm.prune(model, calib=data() if calib is None else calib, quiet=True, **asked)
@@ -53,7 +55,7 @@ ASKED = [
     ({"ffn": 0.5, "out": "there"}, "out=, dtype= and device= go with the path of a checkpoint"),
     ({"ffn": 0.5, "length": 1}, "no sample of the calibration data has two tokens"),
     ({"ffn": 0.5, "calib": torch.full((2, 8), 512)}, "token 512, outside of 0 to 511"),
-    ({"ffn": 0.5, "calib": torch.zeros(1, 0).long()}, "has 0 tokens"),
+    ({"ffn": 0.5, "calib": [[5]]}, "has 1 tokens"),
 ]
 
 
@@ -97,7 +99,7 @@ def test_models_that_are_not_as_they_should_be_are_refused() -> None:
         fastllm.prune(model, ffn=0.5, calib=data())
     model = build("llama")
     fastllm.optimize(model, "int8", quiet=True, attention=False, fuse=False, decode=False)
-    refused(model, "already optimized; fastllm.restore", NotSupportedError, ffn=0.5)
+    refused(model, "optimized already; fastllm.restore", NotSupportedError, ffn=0.5)
     del model._fastllm
     refused(model, "is quantized already; prune the dense model", NotSupportedError, ffn=0.5)
     model = build("llama")
@@ -125,7 +127,7 @@ def test_a_norm_between_neurons_is_not_cut() -> None:
     model = build("llama")
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.Softmax(-1)
-    refused(model, "neurons of LlamaForCausalLM cannot be removed: .*(off by|no feed-forward part)", ffn=0.5)
+    refused(model, "neurons of LlamaForCausalLM cannot be removed: model.layers.0.mlp", ffn=0.5)
 
 
 def test_a_layer_whose_kind_follows_from_its_place_is_not_removed() -> None:
@@ -141,8 +143,8 @@ def test_a_layer_whose_kind_follows_from_its_place_is_not_removed() -> None:
 def test_nan_is_refused() -> None:
     model = build("llama")
     model.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
-    refused(model, "model.layers.2.mlp.down_proj: what goes in is not finite", ffn=0.5)
-    refused(model, "loss is nan", layers=[1])
+    refused(model, "model.layers.2.mlp.down_proj: what it answers is not finite", ffn=0.5)
+    refused(model, "loss on the calibration data is nan as it is", layers=[1])
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: BaseException) -> None:
@@ -173,7 +175,7 @@ def test_it_is_all_or_nothing(owner: Any, name: str, call: int, family: str, mon
         patched.setattr(owner, name, lambda *args, **kwargs: counts.append(1) or real(*args, **kwargs))
         fastllm.prune(build(family), calib=data(), quiet=True, **asked)
     failing(monkeypatch, owner, name, call if call > 0 else len(counts), KeyboardInterrupt())
-    refused(build(family), "", KeyboardInterrupt, **asked)
+    refused(build(family), None, KeyboardInterrupt, **asked)
 
 
 def test_a_plan_leaves_no_trace(monkeypatch) -> None:

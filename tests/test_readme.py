@@ -28,6 +28,8 @@ def test_the_figures_are_those_of_the_result_file(monkeypatch: pytest.MonkeyPatc
 
     found = figures.results()
     assert [path for path in found if figures.replaced(README, path) == README], "run python bench/figures.py"
+    page = figures.DOCS.read_text(encoding="utf-8")
+    assert [path for path in found if figures.sparsity(page, path.parent) == page], "run python bench/figures.py"
     changed = README.replace(" tokens read", " tokens", 1)
     assert figures.replaced(changed, found[0]) != changed
 

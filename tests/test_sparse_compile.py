@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels of sparse weights for absent GPUs: nothing spills, few instructions a weight."""
+"""What the compiler makes of the kernels of sparse weights for absent GPUs: no spills, few instructions."""
 
 import json
 import os

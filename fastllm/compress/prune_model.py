@@ -1,6 +1,7 @@
 """`prune`: from a model to a smaller dense one, which stock transformers loads."""
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -77,8 +78,8 @@ def prune(
     samples, length: at most so many samples, of at most so many tokens, and no more than the model has positions
     repair:   the layer that takes in what is left makes up for the rest, by least squares (no training); with fewer
               tokens than channels are left, a warning says so and it is damped more
-    multiple: of what the neurons left are a multiple, rounded up; of its half, and so on, where more than half of those
-              to go would stay
+    multiple: of what the neurons left are a multiple, rounded up; of its half, and so on, where with it more than half
+              of those to go would stay
     out, dtype, device: of a path: where the result goes, with its tokenizer; what its weights become first, by default
               what they are; and where it runs, by default the CPU
     quiet:    no progress
@@ -138,6 +139,8 @@ def _prune_model(model: Any, ask: Ask) -> PruneReport:
     judge = Judge(model, list(found.layers), data)
     tokens = sum(batch.tokens for batch in data)
     before = totals(model, judge.loss())
+    if not math.isfinite(before.loss):
+        raise ValueError(f"the model's loss on the calibration data is {before.loss} as it is: mend the model first")
     report = PruneReport(title(model), tokens, judge.tokens, predicts(model), ask.repair, before)
     if asked is not None:
         report.layers = _chosen(found, judge, asked, ask.quiet)
@@ -147,7 +150,7 @@ def _prune_model(model: Any, ask: Ask) -> PruneReport:
         _carry_out(found, cuts, data, edits, report, ask)
         judge.layers = list(found.layers)
         report.after = totals(model, judge.loss())
-        if not report.after.loss < float("inf"):
+        if not math.isfinite(report.after.loss):
             raise ValueError(f"the pruned model's loss is {report.after.loss}; more calibration data may help")
         failed.pop_all()
     for warning in report.warnings:

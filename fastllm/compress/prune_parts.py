@@ -212,6 +212,8 @@ def rehearse(blocks: Blocks, index: int, part: Part, kept: Sequence[int], values
         return f"without some of them it does not run: {error}"
     finally:
         edits.undo()
+    if not bool(want.isfinite().all()):
+        return "what it answers is not finite: the model has NaN or infinity"
     if got.shape != want.shape:
         return f"without some of them it answers {list(got.shape)}, not {list(want.shape)}"
     off = float((got - want).norm() / want.norm().clamp(min=1e-30))

@@ -69,7 +69,7 @@ def subject(model: Any) -> Subject:
     return Subject(model, prefix, layers, whole)
 
 
-def layers_asked(subject: Subject, layers: float | int | Sequence[int]) -> int | list[int]:
+def layers_asked(subject: Subject, layers: Any) -> int | list[int]:
     """How many layers are to be removed, or which. ValueError for what cannot be."""
     count = len(subject.layers)
     if isinstance(layers, (list, tuple)):
@@ -81,7 +81,6 @@ def layers_asked(subject: Subject, layers: float | int | Sequence[int]) -> int |
         if why := refused(subject, layers):
             raise ValueError(f"layers={list(layers)} cannot be removed: {why}")
         return list(layers)
-    assert isinstance(layers, (int, float))
     found = layers if type(layers) is int else share_of("layers", layers, count, "layers")
     if not 0 < found <= count - 2:
         raise ValueError(

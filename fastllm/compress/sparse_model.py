@@ -13,7 +13,7 @@ from ..ops import what_runs
 from ..ops.block_sparse import runs_on
 from ..patch.apply import Patch, Put, carry_out, is_patched, without_data
 from ..patch.errors import NotSupportedError, refuse_state
-from ..patch.plan import Decision, Planner
+from ..patch.plan import Decision, Plan, Planner
 from ..patch.report import Report
 from ..patch.speedups import Speedups
 from ..probe import probe
@@ -73,21 +73,12 @@ def sparsify(
     if is_patched(model):
         raise NotSupportedError("the model is optimized already; fastllm.restore(model) first")
     refuse_state(model)
-    plan = SparsePlanner(chosen, lm_head, include, exclude, find_blocks(model)[0]).plan(model)
-    if not any(isinstance(d.format, type(chosen)) for d in plan.chosen):
-        why = "; ".join(sorted({f"{d.name}: {d.reason}" for d in plan.skipped})[:4])
-        raise ValueError(f"no layer can be {chosen.name}: {why or 'there are none'}")
+    plan = _planned(model, SparsePlanner(chosen, lm_head, include, exclude, find_blocks(model)[0]))
     solver = Pruning(method, repair)
     data = None
     if solver.products or method == "wanda":
         vocabulary = model.config.get_text_config().vocab_size
         data = batches(calib, tokenizer or tokenizer_of(model, calib), vocabulary, samples, length)
-    if isinstance(chosen, BlockPattern) and method != "zeros":
-        logger.warning(
-            "blocks that are pruned in one shot ruin most models; %s is for weights trained with such zeros "
-            '(method="zeros"), or to be trained on',
-            chosen.name,
-        )
     patch = Patch(Report(model, plan, keep), Speedups(model, False, False, None, False))
     patch.report.what = "sparse"
     job = _Job(model, patch, solver, chosen, data, ratios, quiet)
@@ -108,6 +99,21 @@ def _refuse(pattern: Pattern, method: str, ratios: str) -> None:
         owl_kept([0.0, 1.0], [1, 1], pattern, SPREAD)
     if isinstance(pattern, BlockPattern) and pattern.sparsity is None and method != "zeros":
         raise ValueError(f'how many blocks go? pattern={pattern.name + "@0.7"!r}, or method="zeros"')
+    if isinstance(pattern, BlockPattern) and method != "zeros":
+        logger.warning(
+            "blocks that are pruned in one shot ruin most models; %s is for weights trained with such zeros "
+            '(method="zeros"), or to be trained on',
+            pattern.name,
+        )
+
+
+def _planned(model: Any, planner: "SparsePlanner") -> Plan:
+    """ValueError if no layer can have the pattern."""
+    plan = planner.plan(model)
+    if not any(d.format is planner.pattern for d in plan.chosen):
+        why = "; ".join(sorted({f"{d.name}: {d.reason}" for d in plan.skipped})[:4])
+        raise ValueError(f"no layer can be {planner.pattern.name}: {why or 'there are none'}")
+    return plan
 
 
 class SparsePlanner(Planner):

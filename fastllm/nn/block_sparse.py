@@ -1,11 +1,12 @@
-"""`BlockSparseLinear`: a linear layer that stores, reads and multiplies only those blocks of its weight that are not 0."""
+"""`BlockSparseLinear`: a linear layer that stores and multiplies only those blocks of its weight that are not zero."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bsr_format import BlockFormat, BlockSparseWeight, block_mask_of, check, check_block, order_of, pack_blocks, to_dense
+from ..bsr_format import BlockFormat, BlockSparseWeight, block_mask_of, check, check_block, order_of, pack_blocks
+from ..bsr_format import to_dense as dense_of
 from ..ops.block_sparse import block_sparse_matmul, runs_on
 
 PARTS = tuple(f"weight_{part}" for part in BlockSparseWeight._fields)
@@ -125,7 +126,7 @@ class BlockSparseLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out_features, in_features], exact; named as that of layers that are quantized."""
-        return to_dense(self.at_rest(), self.shape, dtype)
+        return dense_of(self.at_rest(), self.shape, dtype)
 
     def to_dense(self) -> nn.Linear:
         """The dense layer, with zeros where there was no block. The bias is shared."""
@@ -135,10 +136,14 @@ class BlockSparseLinear(nn.Module):
         return dense.train(self.training)
 
     def prepare(self) -> None:
-        """Check the parameters, and note in which order rows of blocks are started. Nothing on the meta device."""
-        weight = self.at_rest()
+        """Check the parameters, and note in which order rows of blocks are started: not on the meta device.
+
+        For who assigns parameters one by one; all else that changes them does it by itself. Raises ValueError.
+        """
+        self._order, weight = None, self.at_rest()
         check(weight, self.shape)
-        self._order = None if weight.rows.is_meta else order_of(weight.rows)
+        if not weight.rows.is_meta:
+            self._order = order_of(weight.rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], floating point -> [..., out_features] in x's dtype. ValueError for anything else."""
@@ -148,7 +153,8 @@ class BlockSparseLinear(nn.Module):
         parameters: dict[str, Any] = self._parameters
         values, columns, rows = (parameters[name] for name in PARTS)
         order = self._buffers["_order"]
-        assert order is not None, "the layer has not been loaded"
+        if order is None:
+            raise ValueError("the layer has no weight yet: load a state dict, or assign its parameters and prepare()")
         return block_sparse_matmul(x, values, columns, rows, order, parameters["bias"], self.batch_invariant)
 
     def extra_repr(self) -> str:
@@ -163,4 +169,7 @@ class BlockSparseLinear(nn.Module):
             if given is not None and own is not None and len(given) != len(own) and given.shape[1:] == own.shape[1:]:
                 self._parameters[name] = nn.Parameter(own.new_empty(given.shape), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.prepare()
+        try:
+            self.prepare()
+        except ValueError as error:  # all that does not fit is told together
+            args[-1].append(f"{prefix[:-1] or type(self).__name__}: {error}")

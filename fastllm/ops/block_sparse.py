@@ -102,8 +102,7 @@ def _forward(
 
 def native(x: Tensor, weight: BlockSparseWeight) -> Tensor:
     """x [M, K] @ W.T -> [M, N] in x's dtype, by whichever of torch's products is the fastest on a CPU."""
-    (M, K), (nnz, B, _) = x.shape, weight.values.shape
-    nb = len(weight.rows) - 1
+    M, (nnz, B, _), nb = len(x), weight.values.shape, len(weight.rows) - 1
     if not nnz or not M:
         return x.new_zeros(M, nb * B)
     if x.dtype == torch.float16 or nnz * M * B * x.element_size() > GATHERED:  # float16 products are slow on a CPU

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..kernels.sparse_parts import Kept
 
 LANES = 32  # rows side by side
-# Rows of x from which expanding the weight and the library's product are taken for faster than the kernel: an estimate,
+# Rows of x from which expanding the weight and the library's product are taken for faster than the kernel: estimated,
 # not timed. For 16 of 32 in bfloat16 the kernel runs 25 instructions a weight for up to 16 rows, in whose time an H100
 # reads 2.8 bytes, and as many again for the next 16; to read 1.1 bytes, write two and read them is 5.1 bytes.
 CROSSOVER = 17
@@ -101,11 +101,12 @@ class Lanes(SparseLayout):
         places = index.new_empty(tiles, blocks, LANES)
         for some in _steps(tiles, K):
             rows = slice(some.start * LANES, some.stop * LANES)
-            values = _values(weight.packed[rows], bits, blocks * format.kept).view(-1, blocks, format.kept)
+            given = weight.packed[rows]
+            values = _as(given, _PLAIN[bits]).view(len(given), -1)[:, : blocks * format.kept]
+            values = values.unflatten(1, (blocks, format.kept))
             values = pad(values, (0, words * 32 // bits - format.kept, 0, 0, 0, -len(values) % LANES))
-            w[some] = values.view(torch.int32).view(-1, LANES, blocks, words).permute(0, 2, 3, 1)
-            given = index[rows]
-            places[some] = pad(given, (0, 0, 0, -len(given) % LANES)).view(-1, LANES, blocks).transpose(1, 2)
+            w[some] = _as(values, torch.int32).view(-1, LANES, blocks, words).permute(0, 2, 3, 1)
+            places[some] = pad(index[rows], (0, 0, 0, -len(given) % LANES)).view(-1, LANES, blocks).transpose(1, 2)
         return Prepared(w, weight.scale, None, places)
 
     def rest(self, p: Prepared, format: SparseFormat, shape: tuple[int, int]) -> QuantizedWeight:
@@ -118,11 +119,9 @@ class Lanes(SparseLayout):
         for some in _steps(tiles, K):
             rows = slice(some.start * LANES, min(some.stop * LANES, N))
             n = rows.stop - rows.start
-            words = p.w[some].permute(0, 3, 1, 2).reshape(-1, blocks, p.w.shape[2])[:n]
-            values = words.view(_PLAIN[bits])[..., : format.kept].reshape(n, V)
-            if format.values:
-                values = pad(values, (0, -V % 4)).view(torch.int32)
-            packed[rows] = values.view(dtype)
+            words = p.w[some].permute(0, 3, 1, 2).flatten(0, 1)[:n]
+            values = _as(words, _PLAIN[bits]).view(n, blocks, -1)[..., : format.kept].reshape(n, V)
+            packed[rows] = _as(pad(values, (0, -V % 4)) if format.values else values, dtype).view(n, -1)
             index[rows] = p.index[some].transpose(1, 2).reshape(-1, blocks)[:n]
         return QuantizedWeight(packed, p.scale, None, index)
 
@@ -166,10 +165,9 @@ def _bits(format: SparseFormat, dtype: torch.dtype) -> int:
     return 8 if format.values else 8 * dtype.itemsize
 
 
-def _values(packed: Tensor, bits: int, V: int) -> Tensor:
-    """Rows of `packed` at rest -> their values, [n, V] of a plain type."""
-    flat = packed.contiguous()
-    return flat.view(torch.uint8)[:, :V] if bits == 8 else flat.view(_PLAIN[bits])
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of t as another type, flat: torch refuses to view a dimension of size 1 whose stride is odd."""
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(dtype)
 
 
 def _steps(tiles: int, K: int) -> list[slice]:
