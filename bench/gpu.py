@@ -1,14 +1,15 @@
-"""Every check, test and benchmark of the project that needs a GPU, in two commands of a few minutes each.
+"""Every check, test and benchmark of the project that needs a GPU, in three commands of a few minutes each.
 
     python bench/gpu.py [--part matmul] [--minutes 9] [--out DIR] [--wheels DIR]
     python bench/gpu.py --part attention [--minutes 9] [--out DIR]
+    python bench/gpu.py --part sparse [--minutes 9] [--out DIR]
 
 Prints the environment; runs the tests of the part's kernels, whole models and, with the matmuls, all tests marked
 `gpu`. Then for the matmuls bench_quant_matmul.py on a reduced grid (alone, and beside other libraries), and the tuner
 in the time that is left; for attention the benchmarks of attention, decoding, the small fused kernels and `generate`
-of whole models. Each is a process with a time of its own, so a failure of one does not stop the rest. Writes gpu.log
-and gpu.md (gpu_attention.log and .md) and the results into DIR (by default bench/results/<device>/), and prints what
-matters last. Exit status 1 if any stage failed.
+of whole models; for sparse weights the benchmark of blocks. Each is a process with a time of its own, so a failure of
+one does not stop the rest. Writes gpu.log and gpu.md (gpu_attention.log and .md, gpu_sparse.log and .md) and the
+results into DIR (by default bench/results/<device>/), and prints what matters last. Exit status 1 if any stage failed.
 
 --wheels: a folder with wheels of the libraries to compare with (requirements/peers-gpu.txt); no network is needed.
 """
@@ -40,6 +41,9 @@ ATTENTION_TESTS = (
     "tests/test_decode_attention.py", "tests/test_norm.py", "tests/test_rotary.py", "tests/test_append_kv.py",
     "tests/test_gated_activation.py", "tests/test_graph.py", "tests/test_tickets.py",
 )  # fmt: skip
+SPARSE_TESTS = (
+    "tests/test_kernel_*sparse*.py", "tests/test_*sparse*.py", "tests/test_lanes.py", "tests/test_tickets.py",
+)  # fmt: skip
 MAIN = "8192x8192"
 SHAPES = f"{MAIN},4096x4096,6144x4096,4096x14336,28672x4096"
 ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
@@ -49,6 +53,7 @@ REPORTS = {  # what a stage of attention writes to be read
     "fused": "fused.md",
     "generate": "generate.md",
 }
+SPARSE_REPORTS = {"sparse": "sparse.md", "block sparse": "block_sparse.md"}
 PRINTED = 9000  # characters at most, at the end: a caller may see only so much
 
 
@@ -113,7 +118,21 @@ def attention_stages(out: Path, minutes: float) -> list[Stage]:
     ]
 
 
-PARTS = {"matmul": stages, "attention": attention_stages}
+def sparse_stages(out: Path, minutes: float) -> list[Stage]:
+    """As `stages`, for weights that are stored without their zeros; products of blocks take the rest."""
+    python, scale = sys.executable, minutes / 9
+    parallel = ["-n", "12"] if find_spec("xdist") else []
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=40"]
+    lanes = [python, "bench/bench_sparse.py", "--out", str(out), "--budget", "{seconds}"]
+    blocks = [python, "bench/bench_block_sparse.py", "--device", "cuda", "--out", str(out), "--budget", "{seconds}"]
+    return [
+        Stage("sparse tests", [*pytest, *parallel, *tests(SPARSE_TESTS)], 150 * scale),
+        Stage("sparse", lanes, 130 * scale),
+        Stage("block sparse", blocks, None),
+    ]
+
+
+PARTS = {"matmul": stages, "attention": attention_stages, "sparse": sparse_stages}
 
 
 def install(wheels: Path, target: str) -> Stage:
@@ -141,7 +160,7 @@ def told(results: list[Result], out: Path) -> str:
     """What the caller should see: what failed, then the numbers, then the stages."""
     parts = [tails(results, 2500)]
     for result in results:
-        path = out / REPORTS.get(result.name, "none")
+        path = out / (REPORTS | SPARSE_REPORTS).get(result.name, "none")
         if result.ok and path.exists():
             parts.append(path.read_text(encoding="utf-8")[:2600])
     path = out / "quant_matmul.json"

@@ -137,8 +137,7 @@ def pack_blocks(dense: Tensor, mask_blocks: Tensor, B: int) -> BlockSparseWeight
 
 def row_of_blocks(columns: Tensor, rows: Tensor) -> Tensor:
     """The row of blocks that each block is in: int32 [nnz]."""
-    index = torch.arange(len(rows) - 1, dtype=torch.int32, device=rows.device)
-    return torch.repeat_interleave(index, rows.diff(), output_size=len(columns))
+    return torch.repeat_interleave(rows.diff(), output_size=len(columns))
 
 
 def to_dense(weight: BlockSparseWeight, shape: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:

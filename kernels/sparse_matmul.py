@@ -87,17 +87,18 @@ def _load_rows(x_ptrs, rows, mask, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def _add(acc, xs, column, value, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, X_BF16: tl.constexpr):
-    """acc + x[:, column] * value, row by row. The threads of a warp have its 32 columns of x, and pass them on."""
+    """acc + x[:, column] * value, row by row. The threads of a warp have its 32 columns of x, and pass them on.
+
+    Rounded once by name: whether the compiler joins a product and a sum must not depend on how many rows there are.
+    """
     sums = nothing()
     for m in tl.static_range(0, BLOCK_M, 2 if PAIRS else 1):
         if PAIRS:
             pair = tl.gather(xs[m // 2], column, 1)
-            sums = sums + (
-                acc[m] + half_word(pair, False, X_BF16) * value,
-                acc[m + 1] + half_word(pair, True, X_BF16) * value,
-            )
+            low, high = half_word(pair, False, X_BF16), half_word(pair, True, X_BF16)
+            sums = sums + (tl.fma(low, value, acc[m]), tl.fma(high, value, acc[m + 1]))
         else:
-            sums = sums + (acc[m] + tl.gather(xs[m], column, 1) * value,)
+            sums = sums + (tl.fma(tl.gather(xs[m], column, 1), value, acc[m]),)
     return sums
 
 

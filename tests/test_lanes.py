@@ -46,8 +46,8 @@ def test_there_and_back_to_the_bit(values: str, dtype: torch.dtype) -> None:
         p = Lanes().pack(weight, format, shape)
         bits = 8 if values else 8 * dtype.itemsize
         tiles, words = -(-shape[0] // LANES), -(-format.kept * bits // 32)
-        assert p.w.shape == (tiles, shape[1] // 32, words, LANES) and p.index.shape == (tiles, shape[1] // 32, LANES)
-        assert p.w.dtype == p.index.dtype == torch.int32 and p.w.is_contiguous() and p.index.is_contiguous()
+        assert p.w.shape == (tiles, shape[1] // 32, words, LANES) and p.zero.shape == (tiles, shape[1] // 32, LANES)
+        assert p.w.dtype == p.zero.dtype == torch.int32 and p.w.is_contiguous() and p.zero.is_contiguous()
         before = p.w.clone()
         assert_same(Lanes().rest(p, format, shape), weight)
         assert_equal(p.w, before)
@@ -74,9 +74,9 @@ def test_where_a_value_lies() -> None:
         for n, block, j in ((0, 0, 0), (31, 2, 4), (32, 1, 3), (39, 2, format.kept - 1)):
             lane = p.w[n // 32, block, :, n % 32].contiguous().view(kind)
             assert lane[j] == flat[n, block * format.kept + j], (name, n, block, j)
-            assert p.index[n // 32, block, n % 32] == weight.index[n, block]
+            assert p.zero[n // 32, block, n % 32] == weight.index[n, block]
             assert not lane[format.kept :].count_nonzero() and len(lane) - format.kept < 4 // size
-        assert not p.w[1, :, :, 8:].count_nonzero() and not p.index[1, :, 8:].count_nonzero()
+        assert not p.w[1, :, :, 8:].count_nonzero() and not p.zero[1, :, 8:].count_nonzero()
 
 
 @pytest.mark.parametrize("name", ["12:32", "2:4-int8"])
@@ -86,7 +86,7 @@ def test_a_few_tiles_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(lanes, "MOVED", 2 * 32 * 64)
     p = Lanes().pack(weight, format, (150, 64))
     assert_equal(p.w, whole.w)
-    assert_equal(p.index, whole.index)
+    assert_equal(p.zero, whole.zero)
     assert_same(Lanes().rest(p, format, (150, 64)), weight)
 
 
@@ -161,7 +161,7 @@ def test_the_op_is_the_product(layout: str, name: str, dtype: torch.dtype, devic
     for shape in ((1,), (3,), (2, 5), (CROSSOVER,), (0,)):
         x = torch.randn(*shape, 96, device=device).to(dtype)
         for given in (bias, None):
-            y = sparse_matmul(x, p.w, p.scale, p.index, given, 70, name, layout)
+            y = sparse_matmul(x, p.w, p.scale, p.zero, given, 70, name, layout)
             want = x.double() @ dense.T + (0 if given is None else given.double())
             assert_close(y, want, *bounds(dtype), dtype=dtype)
 
@@ -170,10 +170,10 @@ def test_the_op_is_the_product(layout: str, name: str, dtype: torch.dtype, devic
 def test_rows_are_invariant_if_asked(layout: str, device: str) -> None:
     p, _ = operands("16:32", layout, 70, 96, torch.float32, device)
     x = torch.randn(CROSSOVER + 2, 96, device=device)
-    whole = sparse_matmul(x, p.w, p.scale, p.index, None, 70, "16:32", layout, True)
+    whole = sparse_matmul(x, p.w, p.scale, p.zero, None, 70, "16:32", layout, True)
     for i in (0, CROSSOVER + 1):
         assert_equal(
-            sparse_matmul(x[i : i + 1], p.w, p.scale, p.index, None, 70, "16:32", layout, True), whole[i, None]
+            sparse_matmul(x[i : i + 1], p.w, p.scale, p.zero, None, 70, "16:32", layout, True), whole[i, None]
         )
 
 
@@ -185,7 +185,7 @@ def test_gradients(layout: str, name: str, device: str, monkeypatch: pytest.Monk
     x, bias = torch.randn(2, 3, 96, device=device), torch.randn(70, device=device)
     x.requires_grad_(), bias.requires_grad_()
     grad = torch.randn(2, 3, 70, device=device)
-    sparse_matmul(x, p.w, p.scale, p.index, bias, 70, name, layout).backward(grad)
+    sparse_matmul(x, p.w, p.scale, p.zero, bias, 70, name, layout).backward(grad)
     assert_close(x.grad, grad.double() @ dense, dtype=torch.float32)
     assert_close(bias.grad, grad.double().sum((0, 1)), dtype=torch.float32)
 
@@ -195,7 +195,7 @@ def test_the_op_is_well_defined(layout: str, device: str) -> None:
     p, _ = operands("16:32", layout, 40, 64, torch.float32, device)
     x = torch.randn(3, 64, device=device, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.fastllm.sparse_matmul.default, (x, p.w, p.scale, p.index, None, 40, "16:32", layout)
+        torch.ops.fastllm.sparse_matmul.default, (x, p.w, p.scale, p.zero, None, 40, "16:32", layout)
     )
 
 
@@ -207,7 +207,7 @@ def test_chunks_of_a_large_product(monkeypatch: pytest.MonkeyPatch, device: str)
     monkeypatch.setattr(Lanes, "step", lambda self, K: 64)
     monkeypatch.setattr(Lanes, "dense", lambda self, *args: (asked.append(args[3]), inner(self, *args))[1])
     x = torch.randn(40, 64, device=device)
-    assert_close(sparse_matmul(x, p.w, p.scale, p.index, None, 100, "12:32", "lanes"), x.double() @ dense.T,
+    assert_close(sparse_matmul(x, p.w, p.scale, p.zero, None, 100, "12:32", "lanes"), x.double() @ dense.T,
                  dtype=torch.float32)  # fmt: skip
     assert asked == [slice(0, 64), slice(64, 100)]
 

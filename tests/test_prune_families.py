@@ -30,10 +30,13 @@ def asked(family: str) -> dict[str, float]:
     return {name: share for name, share in MOST.items() if name not in without}
 
 
+CASES = [(name, torch.float32) for name in EVERY] + [(name, torch.bfloat16) for name in EVERY]
+QUICK = [(name, torch.float32) for name in FAST] + [(name, torch.bfloat16) for name in ("gemma3", "gpt2", "phi")]
+
+
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in EVERY]
+    "family, dtype", [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_stock_transformers_loads_what_is_left(family: str, dtype: torch.dtype, tmp_path) -> None:
     model = build(family, dtype)
     tied = [
@@ -92,6 +95,14 @@ def silence(narrowed):
         return (x.flatten(-2),)
 
     return hook
+
+
+def test_attention_wider_than_the_neurons_is_not_taken_for_them() -> None:
+    """Values feed the output of attention channel by channel, as neurons do, but cannot be cut like these."""
+    model = build("llama", num_key_value_heads=4, head_dim=96)
+    report = prune(model, ffn=0.5)
+    assert report.settings == {"intermediate_size": (256, 128)}
+    assert model.model.layers[0].self_attn.o_proj.in_features == 4 * 96 > 256
 
 
 def test_lists_of_one_a_layer_follow_the_layers() -> None:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from pruning_cases import LAYERS, build, data, same, state
-from transformers import AutoModelForSeq2SeqLM, BertForMaskedLM, UMT5Config
+from transformers import AutoModelForSeq2SeqLM, BertForMaskedLM, UMT5Config, ViTConfig, ViTModel
 
 import fastllm
 from fastllm.compress import prune_model, prune_repair
@@ -16,6 +16,8 @@ from fastllm.compress.prune_config import without_layers
 from fastllm.compress.prune_edits import Edits
 from fastllm.compress.prune_layers import Judge
 from fastllm.patch import NotSupportedError
+
+VISION = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 8}
 
 
 def refused(
@@ -27,11 +29,17 @@ def refused(
     assert same(state(model), before)
 
 
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """One model for many: they leave it as it is."""
+    return build("llama")
+
+
 @pytest.mark.parametrize("name", ["layers", "ffn", "heads"])
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.25, 1.5, float("nan"), True, "0.25"])
-def test_what_is_no_share_is_refused(name: str, share: Any) -> None:
+def test_what_is_no_share_is_refused(name: str, share: Any, llama: Any) -> None:
     refused(
-        build("llama"),
+        llama,
         rf"{name}=.*(share of .* to remove, above 0 and below 1|at most 2 can be removed)",
         **{name: share},
     )
@@ -60,8 +68,8 @@ ASKED = [
 
 
 @pytest.mark.parametrize("asked, match", ASKED, ids=[match[:40] for _, match in ASKED])
-def test_what_leaves_nothing_is_refused(asked: dict[str, Any], match: str) -> None:
-    refused(build("llama"), match, **asked)
+def test_what_leaves_nothing_is_refused(asked: dict[str, Any], match: str, llama: Any) -> None:
+    refused(llama, match, **asked)
 
 
 def test_a_text_needs_the_tokenizer() -> None:
@@ -120,6 +128,14 @@ def test_models_of_other_makes_are_refused() -> None:
     model = build("llama")
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(128, 192, bias=False)
     refused(model, r"mlp.up_proj.weight is \[192, 128\], and \(256, 128\) by the model's configuration", ffn=0.5)
+
+
+@pytest.mark.parametrize(
+    "model", [torch.nn.Linear(2, 2), ViTModel(ViTConfig(**VISION)).eval(), None], ids=["linear", "vision", "none"]
+)
+def test_what_reads_no_tokens_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="is no Hugging Face model that reads tokens"):
+        fastllm.prune(model, layers=1, calib=data())
 
 
 def test_a_norm_between_neurons_is_not_cut() -> None:

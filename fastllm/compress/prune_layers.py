@@ -17,7 +17,7 @@ from .blocks import Blocks
 from .samples import Batch
 
 SHORTLIST = 3  # layers of the lowest influence, whose loss is looked at
-SCORED = 1 << 14  # tokens on which layers are compared, at most
+SCORED = 1 << 12  # tokens on which layers are compared, at most
 LOGITS = 1 << 28  # bytes of a batch's logits, in float32
 
 

@@ -84,8 +84,8 @@ def prune(
               what they are; and where it runs, by default the CPU
     quiet:    no progress
 
-    A share is rounded down, but to at least one. Layers go first: what is repaired in those that stay is what reaches
-    them then. Then block by block, the heads before the neurons, each on what the blocks before make by then.
+    A share is rounded down to whole layers, neurons or heads. Layers go first: what is repaired in those that stay is
+    what reaches them then. Then block by block, the heads before the neurons, each on what the blocks before make.
 
     Raises ValueError for shares that are none or leave nothing, for data without tokens, and for models whose
     configuration cannot say what would be left; NotSupportedError, which is one, for models that train or are

@@ -3,6 +3,7 @@ yet."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
@@ -48,9 +49,8 @@ def _agreed(
     kept: int,
     found: Callable[[Blocks], Iterator[Part]],
     options: Sequence[dict[str, int]],
-    hint: str = "",
-) -> Cut:
-    """The first part of the first block, and settings, with which all blocks can be cut. ValueError if there is none.
+) -> tuple[Cut | None, str]:
+    """The first part of the first block, and settings, with which all blocks can be cut; or None, and why.
 
     kept: how many units are to stay; options: settings of the configuration that might say so.
     """
@@ -66,19 +66,13 @@ def _agreed(
         cut, reason = _settle(subject, parts, kept, options, what)
         reason = reason if cut is None else _rehearsed(subject, blocks, cut)
         if cut is not None and not reason:
-            return cut
+            return cut, ""
         why = why or reason
-    why = f"{why}{hint}" if why else _missing(subject, what)
-    raise ValueError(f"{what} of {type(subject.model).__name__} cannot be removed: {why}")
+    return None, why
 
 
-def _missing(subject: Subject, what: str) -> str:
-    if what == "neurons":
-        return f"{subject.prefix}.0 has no feed-forward part of linear layers whose channels are single neurons"
-    return (
-        f"{subject.prefix}.0 has no linear layers for queries, keys and values whose rows fall into these {what}: "
-        "one projection makes all three, or a norm spans all heads"
-    )
+def _impossible(subject: Subject, what: str, why: str) -> ValueError:
+    return ValueError(f"{what} of {type(subject.model).__name__} cannot be removed: {why}")
 
 
 def _unlike(part: Part, first: nn.Module, block: nn.Module) -> bool:
@@ -140,20 +134,22 @@ def plan_feed_forward(subject: Subject, share: float, multiple: int) -> Cut:
             f"ffn={share}: {subject.prefix}.{mixture} has a mixture of experts, each of which sees too few tokens to "
             "say which of its neurons go; layers= and heads= can be removed"
         )
-    blocks = _small(subject)
-    count = next((part.units for part in find_feed_forward(blocks, 0)), 0)
-    if not count:
-        name = type(subject.model).__name__
-        raise ValueError(f"neurons of {name} cannot be removed: {_missing(subject, 'neurons')}")
-    kept = rounded(count - share_of("ffn", share, count, "neurons"), count, multiple)
-    names = [
-        name
-        for name, value in vars(subject.text).items()
-        if (value == count and type(value) is int or value is None) and NAMED.search(name)
-    ]
-    names.sort(key=lambda name: getattr(subject.text, name) is None)
-    found = lambda blocks: (part for part in find_feed_forward(blocks, 0) if part.units == count)  # noqa: E731
-    return _agreed(subject, "neurons", kept, found, [{name: kept} for name in names])
+    why, text = "", subject.text
+    for count in dict.fromkeys(part.units for part in find_feed_forward(_small(subject), 0)):
+        kept = rounded(count - share_of("ffn", share, count, "neurons"), count, multiple)
+        names = [n for n, value in vars(text).items() if (type(value) is int and value == count) and NAMED.search(n)]
+        names += [n for n, value in vars(text).items() if value is None and NAMED.search(n)]  # it follows from others
+        found = partial(_neurons, count=count)
+        cut, reason = _agreed(subject, "neurons", kept, found, [{name: kept} for name in names])
+        if cut is not None:
+            return cut
+        why = why or reason
+    none = f"{subject.prefix}.0 has no feed-forward part of linear layers whose channels are single neurons"
+    raise _impossible(subject, "neurons", why or none)
+
+
+def _neurons(blocks: Blocks, count: int) -> Iterator[Part]:
+    return (part for part in find_feed_forward(blocks, 0) if part.units == count)
 
 
 def _unbuilt(subject: Subject, settings: dict[str, int]) -> str:
@@ -203,6 +199,12 @@ def plan_heads(subject: Subject, share: float) -> Cut:
         fine = [f"{1 - n / units:.3g}" for n in range(units - 1, 0, -1) if not _unbuilt(subject, settings(n))]
         others = f"shares that stock transformers takes: {', '.join(fine)}" if fine else "nor does any other share"
         raise ValueError(f"heads={share}: with {heads // units * kept} heads left, {why}; {others}")
-    found = lambda blocks: find_attention(blocks, 0, units, heads)  # noqa: E731
-    hint = "" if explicit else "; its configuration has no head_dim, and fewer heads may mean larger ones"
-    return _agreed(subject, what, kept, found, [settings(kept)], hint)
+    cut, why = _agreed(
+        subject, what, kept, partial(find_attention, index=0, units=units, heads=heads), [settings(kept)]
+    )
+    if cut is not None:
+        return cut
+    if why and not explicit:
+        why += "; its configuration has no head_dim, and fewer heads may mean larger ones"
+    none = f"{subject.prefix}.0 has no linear layers for queries, keys and values whose rows fall into these {what}: "
+    raise _impossible(subject, what, why or f"{none}one projection makes all three, or a norm spans all heads")

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..nn import QuantExperts, QuantLinear
 from ..patch.apply import is_patched
 from ..patch.errors import NotSupportedError, refuse_state
+from ..probe import reads_tokens
 from .blocks import find_blocks
 from .prune_config import Skeleton, changes, skeleton, with_settings, without_layers
 
@@ -44,6 +46,8 @@ def share_of(name: str, value: float, count: int, what: str) -> int:
 
 def subject(model: Any) -> Subject:
     """Raises NotSupportedError for the state that a model is in, ValueError for models that are not made of layers."""
+    if not isinstance(model, PreTrainedModel) or not reads_tokens(model):
+        raise ValueError(f"{type(model).__name__} is no Hugging Face model that reads tokens: those are pruned")
     if is_patched(model):
         raise NotSupportedError("the model is optimized already; fastllm.restore(model) first")
     refuse_state(model)

@@ -132,7 +132,8 @@ class BlockSparseLinear(nn.Module):
         """The dense layer, with zeros where there was no block. The bias is shared."""
         dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(self.dequantize(), requires_grad=False)
-        dense.bias = None if self.bias is None else nn.Parameter(self.bias.detach(), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
         return dense.train(self.training)
 
     def prepare(self) -> None:

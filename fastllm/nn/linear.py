@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..formats import Format, QuantizedWeight, check, dequantize, parse_format
 from ..ops import dynamic_matmul, layout_for, layouts_of, quant_matmul
+from ..ops.layout import Prepared
 from ..quantizers import quantize
 
 
@@ -143,7 +144,11 @@ class QuantLinear(nn.Module):
         layout = layout_for(self.format, *self.shape, self.weight_scale.dtype, device)
         prepared = layout.pack(self.at_rest(), self.format, self.shape)
         self.layout = layout.name
-        self._hold({"packed": prepared.w, "index": prepared.index})
+        self._take(prepared)
+
+    def _take(self, prepared: Prepared) -> None:
+        """Let a layout's operands be the layer's."""
+        self._parameters["weight_packed"] = nn.Parameter(prepared.w, requires_grad=False)
         self._scale, self._zero = prepared.scale, prepared.zero
 
     def to_rest(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .block_sparse import BlockSparseLinear
 from .experts import QuantExperts, up_name
 from .linear import QuantLinear
 
@@ -68,7 +69,7 @@ def lora_config(config: Any, model: Any, **settings: Any) -> Any:
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = copy.copy(config)
     config._custom_modules = dict(config._custom_modules or {})
-    config._register_custom_module({QuantLinear: QuantLoraLinear})
+    config._register_custom_module(dict.fromkeys((QuantLinear, BlockSparseLinear), QuantLoraLinear))
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL:
         config.target_modules = _all_linear(model, config)
     _refuse_experts(model, config)
@@ -89,7 +90,8 @@ def _all_linear(model: Any, config: Any) -> set[str]:
         adapted = isinstance(module, BaseTunerLayer)
         if adapted or isinstance(module, QuantExperts):
             inside += (f"{name}.",)
-        linear = isinstance(module, (nn.Linear, Conv1D, QuantLinear)) or adapted and "Linear" in type(module).__name__
+        plain = isinstance(module, (nn.Linear, Conv1D, QuantLinear, BlockSparseLinear))
+        linear = plain or adapted and "Linear" in type(module).__name__
         if linear and not any(module is head for head in heads):
             found.add(name)
     return found
@@ -112,7 +114,7 @@ def _refuse_experts(model: Any, config: Any) -> None:
 
 
 class QuantLoraLinear(LoraLinear):
-    """PEFT's LoRA for linear layers, around a `QuantLinear`. Made by PEFT, for configurations of `lora_config`."""
+    """PEFT's LoRA for linear layers, around a packed one. Made by PEFT, for configurations of `lora_config`."""
 
     def __init__(self, base_layer: Any, adapter_name: str, config: Any, **kwargs: Any):
         config = copy.copy(config)

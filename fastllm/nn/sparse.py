@@ -81,8 +81,13 @@ class SparseLinear(QuantLinear):
         if not self.layout:
             return held
         layout: Any = layouts_of(self.format)[self.layout]
-        found = layout.rest(Prepared(held.packed, held.scale, None, held.index), self.format, self.shape)
+        found = layout.rest(Prepared(held.packed, held.scale, held.index), self.format, self.shape)
         return held._replace(packed=found.packed, index=found.index)
+
+    def _take(self, prepared: Prepared) -> None:
+        super()._take(prepared._replace(zero=None))
+        assert prepared.zero is not None
+        self._parameters["weight_index"] = nn.Parameter(prepared.zero, requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features], zeros and all."""

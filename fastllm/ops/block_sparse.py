@@ -9,12 +9,13 @@ from torch.nn.functional import grouped_mm, linear
 from ..bsr_format import BlockSparseWeight, row_of_blocks, to_dense
 from .library import LIBRARY, is_watched
 
-# On a CPU (`bench/bench_block_sparse.py`): rows of x up to which blocks are multiplied one by one in one call, and
-# those up to which rows of blocks are, where they have equally many; bytes of x to gather at a time, and rows of x.
-FEW, MEDIUM = 32, 64
+# On a CPU (`bench/bench_block_sparse.py --paths`): rows of x up to which blocks are multiplied one by one in one call;
+# up to which they are if that gives no more than PARTS sums, and rows of blocks are where they have equally many;
+# bytes of x to gather at a time, and rows of x.
+FEW, MEDIUM, PARTS = 32, 64, 1 << 20
 GATHERED, CHUNK = 1 << 24, 512
 # Share of blocks from which on a CPU was as fast with dense weights in bfloat16: for one row of x, for 512.
-DENSE_FROM = {32: (0.4, 0.5), 64: (0.65, 0.65), 128: (0.55, 0.7)}
+DENSE_FROM = {32: (0.4, 0.35), 64: (0.55, 0.6), 128: (0.5, 0.65)}
 
 
 def block_sparse_matmul(
@@ -86,15 +87,18 @@ def _forward(
     _check(x, values, columns, rows, order, bias)
     N = values.shape[1] * (len(rows) - 1)
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    values = values.to(x.dtype)
+    values = values if values.dtype == x.dtype else values.to(x.dtype)
     if x.is_cuda:
         from ..kernels.block_sparse_matmul import block_sparse_matmul  # Triton is imported on first use
 
         y = block_sparse_matmul(flat, values, columns, rows, order, bias, batch_invariant)
     else:
         weight = BlockSparseWeight(values, columns, rows)
-        parts = [native(part, weight) for part in flat.split(1 if batch_invariant else CHUNK)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        step = 1 if batch_invariant else CHUNK
+        if len(flat) <= step:
+            y = native(flat, weight)
+        else:
+            y = torch.cat([native(part, weight) for part in flat.split(step)])
         if bias is not None:
             y += bias.to(y.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
@@ -107,9 +111,12 @@ def native(x: Tensor, weight: BlockSparseWeight) -> Tensor:
         return x.new_zeros(M, nb * B)
     if x.dtype == torch.float16 or nnz * M * B * x.element_size() > GATHERED:  # float16 products are slow on a CPU
         return by_rows(x, weight)
-    if x.dtype == torch.bfloat16 and M <= MEDIUM and nnz % nb == 0 and _equal(weight.rows, nnz // nb):
-        return by_equal_rows(x, weight)
-    return by_blocks(x, weight) if x.dtype == torch.bfloat16 and M <= FEW else by_groups(x, weight)
+    if x.dtype == torch.bfloat16 and M <= MEDIUM:
+        if nnz % nb == 0 and _equal(weight.rows, nnz // nb):
+            return by_equal_rows(x, weight)
+        if M <= FEW or nnz * M * B <= PARTS:
+            return by_blocks(x, weight)
+    return by_groups(x, weight)
 
 
 def _equal(rows: Tensor, each: int) -> bool:

@@ -25,11 +25,11 @@ class Expanded(Layout):
         return ["its values are integers"] if format.values else []
 
     def pack(self, weight: QuantizedWeight, format: Any, shape: tuple[int, int]) -> Prepared:
-        return Prepared(expand(weight, format, shape), weight.scale, None, weight.index)
+        return Prepared(expand(weight, format, shape), weight.scale, weight.index)
 
     def rest(self, p: Prepared, format: SparseFormat, shape: tuple[int, int]) -> QuantizedWeight:
         """The inverse of `pack`, exact to the bit."""
-        at_rest = QuantizedWeight(p.w, p.scale, None, p.index)
+        at_rest = QuantizedWeight(p.w, p.scale, None, p.zero)
         values = p.w[mask_of(at_rest, format, shape)].view(shape[0], format.kept_of(shape[1]))
         return at_rest._replace(packed=values)
 
@@ -57,21 +57,21 @@ class ExpandedIntegers(Expanded):
 
     def pack(self, weight: QuantizedWeight, format: Any, shape: tuple[int, int]) -> Prepared:
         codes = dense_codes(weight, format, shape)
-        return self.inner.pack(codes, format.values, shape)._replace(index=weight.index)
+        return self.inner.pack(codes, format.values, shape)._replace(zero=weight.index)
 
     def rest(self, p: Prepared, format: SparseFormat, shape: tuple[int, int]) -> QuantizedWeight:
         assert format.values is not None
         (N, K), bits = shape, format.bits
-        at_rest = QuantizedWeight(p.w, p.scale, None, p.index)
+        at_rest = QuantizedWeight(p.w, p.scale, None, p.zero)
         codes = unpack_bits(self.inner.unpack(p.w, format.values, shape), bits, K)
         kept = codes[mask_of(at_rest, format, shape)].view(N, format.kept_of(K))
         return at_rest._replace(packed=pack_bits(kept, bits))
 
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
-        return self.inner.dense(p, bits, group, rows, K, dtype)
+        return self.inner.dense(p._replace(zero=None), bits, group, rows, K, dtype)
 
     def matmul(self, x: Tensor, p: Prepared, N: int, bits: int, group: int) -> Tensor:
-        return self.inner.matmul(x, p, N, bits, group)
+        return self.inner.matmul(x, p._replace(zero=None), N, bits, group)
 
 
 EXPANDED: dict[str, Expanded] = {

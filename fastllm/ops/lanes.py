@@ -54,14 +54,14 @@ class SparseRest(SparseLayout):
         return []
 
     def pack(self, weight: QuantizedWeight, format: Any, shape: tuple[int, int]) -> Prepared:
-        return Prepared(weight.packed, weight.scale, None, weight.index)
+        return Prepared(weight.packed, weight.scale, weight.index)
 
     def rest(self, p: Prepared, format: SparseFormat, shape: tuple[int, int]) -> QuantizedWeight:
-        return QuantizedWeight(p.w, p.scale, None, p.index)
+        return QuantizedWeight(p.w, p.scale, None, p.zero)
 
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
-        assert p.index is not None
-        some = QuantizedWeight(p.w[rows], p.scale[rows], None, p.index[rows])
+        assert p.zero is not None
+        some = QuantizedWeight(p.w[rows], p.scale[rows], None, p.zero[rows])
         return dequantize_sparse(some, self.known, (len(some.packed), K), dtype)
 
 
@@ -107,22 +107,22 @@ class Lanes(SparseLayout):
             values = pad(values, (0, words * 32 // bits - format.kept, 0, 0, 0, -len(values) % LANES))
             w[some] = _as(values, torch.int32).view(-1, LANES, blocks, words).permute(0, 2, 3, 1)
             places[some] = pad(index[rows], (0, 0, 0, -len(given) % LANES)).view(-1, LANES, blocks).transpose(1, 2)
-        return Prepared(w, weight.scale, None, places)
+        return Prepared(w, weight.scale, places)
 
     def rest(self, p: Prepared, format: SparseFormat, shape: tuple[int, int]) -> QuantizedWeight:
-        assert p.index is not None
+        assert p.zero is not None
         (N, K), dtype = shape, torch.int32 if format.values else p.scale.dtype
         bits, V = _bits(format, dtype), format.kept_of(K)
         tiles, blocks = -(-N // LANES), K // BLOCK
         packed = p.w.new_empty(N, -(-V * bits // 32) if format.values else V, dtype=dtype)
-        index = p.index.new_empty(N, blocks)
+        index = p.zero.new_empty(N, blocks)
         for some in _steps(tiles, K):
             rows = slice(some.start * LANES, min(some.stop * LANES, N))
             n = rows.stop - rows.start
             words = p.w[some].permute(0, 3, 1, 2).flatten(0, 1)[:n]
             values = _as(words, _PLAIN[bits]).view(n, blocks, -1)[..., : format.kept].reshape(n, V)
             packed[rows] = _as(pad(values, (0, -V % 4)) if format.values else values, dtype).view(n, -1)
-            index[rows] = p.index[some].transpose(1, 2).reshape(-1, blocks)[:n]
+            index[rows] = p.zero[some].transpose(1, 2).reshape(-1, blocks)[:n]
         return QuantizedWeight(packed, p.scale, None, index)
 
     def step(self, K: int) -> int:
@@ -136,14 +136,14 @@ class Lanes(SparseLayout):
 
     def dense(self, p: Prepared, bits: int, group: int, rows: slice, K: int, dtype: torch.dtype) -> Tensor:
         """`rows` begin at a multiple of 32."""
-        assert p.index is not None and rows.start % LANES == 0
+        assert p.zero is not None and rows.start % LANES == 0
         some, n = slice(rows.start // LANES, -(-rows.stop // LANES)), rows.stop - rows.start
-        part = Prepared(p.w[some], p.scale[rows], None, p.index[some])
+        part = Prepared(p.w[some], p.scale[rows], p.zero[some])
         if not p.w.is_cuda:
             return dequantize_sparse(self.rest(part, self.known, (n, K)), self.known, (n, K), dtype)
         from ..kernels.sparse_expand import sparse_expand
 
-        return sparse_expand(part.w, p.index[some], part.scale, n, self.kept(p), dtype)
+        return sparse_expand(part.w, p.zero[some], part.scale, n, self.kept(p), dtype)
 
     def linear(
         self, x: Tensor, p: Prepared, bias: Tensor | None, N: int, bits: int, group: int, batch_invariant: bool
@@ -152,8 +152,8 @@ class Lanes(SparseLayout):
             return super().linear(x, p, bias, N, bits, group, batch_invariant)
         from ..kernels.sparse_matmul import sparse_matmul
 
-        assert p.index is not None
-        return sparse_matmul(x, p.w, p.index, p.scale, bias, N, self.kept(p))
+        assert p.zero is not None
+        return sparse_matmul(x, p.w, p.zero, p.scale, bias, N, self.kept(p))
 
 
 _PLAIN = {8: torch.uint8, 16: torch.int16, 32: torch.int32}  # bits -> what is moved in their place

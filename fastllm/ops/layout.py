@@ -18,8 +18,7 @@ class Prepared(NamedTuple):
 
     w: Tensor
     scale: Tensor
-    zero: Tensor | None
-    index: Tensor | None = None  # type: ignore[assignment]  # of sparse weights
+    zero: Tensor | None  # of sparse weights, which have no zero points: which columns are kept
 
 
 class Layout(ABC):

@@ -59,13 +59,13 @@ def _forward(
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if not rows.shape[0]:
         return x.new_empty(*x.shape[:-1], N)
-    y = _of(layout, format).linear(rows, Prepared(w, scale, None, index), bias, N, 0, 0, batch_invariant)
+    y = _of(layout, format).linear(rows, Prepared(w, scale, index), bias, N, 0, 0, batch_invariant)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], N)
 
 
 def _grad_x(grad: Tensor, w: Tensor, scale: Tensor, index: Tensor, K: int, format: str, layout: str) -> Tensor:
     """grad [..., N] @ expand(w) [N, K], in grad's dtype, a few MB of the weight at a time."""
-    return _of(layout, format).grad_x(grad, Prepared(w, scale, None, index), K, 0, 0)
+    return _of(layout, format).grad_x(grad, Prepared(w, scale, index), K, 0, 0)
 
 
 define("sparse_matmul", _forward, _grad_x, "str format, str layout", "Tensor w, Tensor scale, Tensor index")
