@@ -85,7 +85,7 @@ def sparse(w: Tensor, name: str) -> Candidate:
 
     def make() -> Call:
         p = layout.pack(QuantizedWeight(*(None if t is None else t.clone() for t in weight)), format, (N, K))
-        return lambda x: sparse_matmul(x, p.w, p.scale, p.index, None, N, name, layout.name)
+        return lambda x: sparse_matmul(x, p.w, p.scale, p.zero, None, N, name, layout.name)
 
     bytes = size(weight.packed, weight.scale, weight.index)
     return Candidate(make, bytes, dequantize_sparse(weight, format, (N, K), torch.float32))

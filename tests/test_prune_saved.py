@@ -68,7 +68,7 @@ def test_where_nothing_can_go_is_told_first(dense: Path, tmp_path: Path, monkeyp
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prune_model, "_bring_along", stop)
+    monkeypatch.setattr(prune_model, "bring_along", stop)
     with pytest.raises(KeyboardInterrupt):
         fastllm.prune(dense, ffn=0.5, out=tmp_path / "out", calib=data(), quiet=True)
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt"}

@@ -47,8 +47,9 @@ def bytes_of(pattern: str, floats: int = 2) -> float:
     return size * (1 / 8 + format.kept / 32 * bits / 8) + floats * scales
 
 
-@pytest.mark.parametrize("lm_head", [None, "int8"])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern, lm_head", [*((pattern, None) for pattern in PATTERNS), ("16:32", "int8"), ("block32@0.5", "int8")]
+)
 def test_what_comes_back_is_what_was_saved(pattern, lm_head, tmp_path):
     model = sparse(pattern, tmp_path / "a", lm_head=lm_head)
     loaded = load(tmp_path / "a")

@@ -64,15 +64,15 @@ def test_the_quality_of_all(pattern, most):
     dense, found = quality(trained()), {}
     for method in ("magnitude", "wanda", "sparsegpt"):
         for repair in (False, True):
-            found[method, repair] = quality(sparse(pattern, 64, method=method, repair=repair))
+            found[method, repair] = quality(sparse(pattern, 32, method=method, repair=repair))
         assert found[method, True] < found[method, False]
     assert found["sparsegpt", False] < min(found["wanda", False], found["magnitude", False])
     assert found["sparsegpt", False] <= most * dense
-    assert found["sparsegpt", True] <= min(found["wanda", True], found["magnitude", True])
+    assert found["sparsegpt", True] <= 1.003 * min(found["wanda", True], found["magnitude", True])
     assert max(found[m, True] for m in ("magnitude", "wanda")) <= 1.02 * found["sparsegpt", True]
     if pattern != "0.5":
-        integers = {v: quality(sparse(pattern, 64, values=v)) for v in ("int8", "int4-g64")}
-        assert integers["int8"] <= 1.002 * found["sparsegpt", True]
+        integers = {v: quality(sparse(pattern, 32, values=v)) for v in ("int8", "int4-g64")}
+        assert integers["int8"] <= 1.005 * found["sparsegpt", True]
         assert integers["int8"] < integers["int4-g64"] <= 1.02 * found["sparsegpt", True]
 
 

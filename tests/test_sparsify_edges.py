@@ -11,9 +11,12 @@ from torch import nn
 from trained import calibration, trained
 
 import fastllm
+from fastllm.formats import IntFormat, dequantize
 from fastllm.nn import BlockSparseLinear, SparseLinear
 from fastllm.patch.errors import CoverageError
+from fastllm.quantizers import quantize
 
+INT8 = IntFormat(8)
 NO_KERNEL = "no kernel reads {} weights {}: as much memory and time as without zeros"
 
 
@@ -45,7 +48,6 @@ def test_adapters_learn_on_top(pattern, ids):
     assert len(adapted(model)) == 14 and all(g.abs().sum() > 0 for g in gradients(model).values())
 
 
-@pytest.mark.xfail(strict=True, reason="lora_config does not know BlockSparseLinear, and all-linear passes it over")
 def test_adapters_on_blocks():
     pytest.importorskip("peft")
     from adapters import adapt, adapted
@@ -53,6 +55,23 @@ def test_adapters_on_blocks():
     model = build("llama", torch.float32)
     fastllm.sparsify(model, "block64@0.5", include="*.mlp.*", **QUICK)
     assert len(adapted(adapt(model))) == 6
+
+
+@pytest.mark.xfail(strict=True, reason="what is beneath adapters is exchanged, and merging them then fails")
+def test_to_dense_beneath_adapters_is_refused_or_merges():
+    pytest.importorskip("peft")
+    from adapters import adapt, answer
+
+    model = build("llama", torch.float32)
+    fastllm.sparsify(model, "16:32", **QUICK)
+    adapted = adapt(model)
+    want = answer(adapted)
+    try:
+        fastllm.to_dense(model)
+    except ValueError as error:
+        assert "adapters" in str(error)
+    else:
+        torch.testing.assert_close(answer(adapted.merge_and_unload()), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "block32@0.3"])
@@ -121,6 +140,20 @@ def test_integers_and_the_head():
     assert model.get_submodule(UP).format.name == "16:32-int4-g64" and model.lm_head.format.name == "int8"
     assert report.coverage > 0.99 and "16:32-int4-g64 by magnitude: stored in 20.3%" in str(report)
     json.dumps(report.to_dict())
+
+
+@pytest.mark.xfail(
+    strict=True, reason="codes are chosen for float32 scales, which are then rounded to the model's type"
+)
+def test_integers_of_small_weights_in_half_precision():
+    """float16 has few digits for scales of 1e-6, and the codes have to know."""
+    model = build("llama", torch.float16)
+    weight = model.get_submodule(UP).weight.data.mul_(1e-2)
+    fastllm.sparsify(model, "32:32-int8", **QUICK)
+    dense = dequantize(quantize(weight, INT8, "rtn"), INT8, (256, 128), torch.float32)
+    found = model.get_submodule(UP).dequantize(torch.float32), dense
+    sparse, plain = (float((w - weight.float()).square().mean().sqrt()) for w in found)
+    assert sparse <= 1.1 * plain
 
 
 def with_spare():

@@ -1,8 +1,8 @@
 """Checkpoints with sparse layers: what they keep is stored, and where it belongs.
 
 No public format holds such weights any more, so this one is fastllm's own, for `fastllm.load`; `fastllm.to_dense`
-makes a checkpoint that everything reads. Its `quantization_config` names no `quant_method`, so that other readers refuse
-it instead of filling the layers with random numbers:
+makes a checkpoint that everything reads. Its `quantization_config` names no `quant_method`, so that other readers
+refuse it instead of filling the layers with random numbers:
 
     {"format": "fastllm-sparse", "version": 1, "prefix": ..., "sparse": {layer: {"format": "16:32"}}, "packed": ...}
 

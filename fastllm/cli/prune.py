@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", metavar="SHARE", help=which)
     parser.add_argument("--ffn", metavar="SHARE", type=float, help="share of the feed-forward neurons of each layer")
     parser.add_argument("--heads", metavar="SHARE", type=float, help="share of the attention heads of each layer")
-    parser.add_argument("--calib", metavar="FILE", type=Path, help="a text; default: one that comes along")
-    parser.add_argument("--samples", type=int, default=128, metavar="N", help="at most (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default: %(default)s)")
+    common.add_calibration(parser)
     parser.add_argument(
         "--multiple", type=int, default=128, metavar="N", help="of neurons left (default: %(default)s)"
     )
@@ -31,8 +29,7 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
 
     from ..compress import prune
 
-    if args.calib is not None and not args.calib.is_file():
-        raise FileNotFoundError(f"--calib {args.calib}: there is no such file")
+    common.check_calibration(args)
     start = time.perf_counter()
     report = prune(
         common.source(args),
@@ -48,10 +45,8 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         device=common.device(args),
     )
-    seconds = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
-    print(f"{report}\nsaved {size / 1e6:.0f} MB of weights to {args.out}, after {seconds:.1f} s")
-    told = {"out": str(args.out), "seconds": seconds, "saved_bytes": size}
+    print(report)
+    told = common.saved(args.out, time.perf_counter() - start)
     return {"model": args.model, "report": report.to_dict(), **told}
 
 

@@ -26,7 +26,7 @@ from .prune_plan import Cut, plan_feed_forward, plan_heads, within
 from .prune_report import Narrowed, PruneReport, title, totals
 from .prune_subject import Subject, layers_asked, refused, subject
 from .samples import LENGTH, SAMPLES, Batch, Calibration, batches
-from .stream import _bring_along, _open
+from .stream import bring_along, open_checkpoint
 from .task import tokenizer_of
 
 logger = logging.getLogger("fastllm")
@@ -109,7 +109,7 @@ def _prune_checkpoint(
         raise ValueError(f"where should the pruned {path} go? prune(path, out=folder)")
     out = Path(to)
     refuse_out(out, path)
-    model, tokenizer, _ = _open(path, dtype)
+    model, tokenizer, _ = open_checkpoint(path, dtype)
     if device is not None:
         model.to(device)
     report = _prune_model(model, ask._replace(tokenizer=ask.tokenizer or tokenizer))
@@ -119,7 +119,7 @@ def _prune_checkpoint(
         model.save_pretrained(result)
         if (ask.tokenizer or tokenizer) is not None:
             (ask.tokenizer or tokenizer).save_pretrained(result)
-        _bring_along(path, result)
+        bring_along(path, result)
         os.rename(result, out)
         failed.pop_all()
     report.saved = str(out)

@@ -85,7 +85,7 @@ def _cut(item: Any, tokenizer: Any, length: int) -> Iterator[Batch]:
         raise TypeError(
             f"calibration data must be texts or token ids [T] or [B, T], got {ids.dtype} {list(ids.shape)}"
         )
-    rows = ids.long().cpu().view(-1, ids.shape[-1])
+    rows = ids.long().cpu().view(-1, ids.shape[-1]) if ids.numel() else ids.new_zeros(0, 1, dtype=torch.int64)
     masks = None if seen is None else torch.as_tensor(seen).cpu().bool().view(rows.shape)
     first, own = torch.tensor(begin, dtype=torch.int64), length - len(begin)
     for i, row in enumerate(rows):

@@ -39,7 +39,7 @@ def quantize_checkpoint(path: Path, to: str | PathLike[str] | None, dtype: torch
     out = Path(to)
     refuse_out(out, path)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    model, tokenizer, source = _open(path, dtype)
+    model, tokenizer, source = open_checkpoint(path, dtype)
     found = ask.of(model, tokenizer)
     report = Report(model, found.plan, keep=False)
     patch = Patch(report, Speedups(model, False, False, None, False))
@@ -67,14 +67,14 @@ def quantize_checkpoint(path: Path, to: str | PathLike[str] | None, dtype: torch
         model.save_pretrained(result, max_shard_size=SHARD)
     if (ask.tokenizer or tokenizer) is not None:
         (ask.tokenizer or tokenizer).save_pretrained(result)
-    _bring_along(path, result)
+    bring_along(path, result)
     os.rename(result, out)
     report.saved = str(out)
     shutil.rmtree(unfinished)
     return report
 
 
-def _open(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, Mapped | None]:
+def open_checkpoint(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, Mapped | None]:
     """(model, its tokenizer or None, what its weights are read from or None if they are in memory)."""
     if path.suffix == ".gguf":
         from ..checkpoints.gguf import load_gguf
@@ -85,7 +85,7 @@ def _open(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, Mapped | Non
     return model, AutoTokenizer.from_pretrained(path) if there else None, source
 
 
-def _bring_along(path: Path, result: Path) -> None:
+def bring_along(path: Path, result: Path) -> None:
     """Copy what else lies beside a checkpoint, such as the settings of an image processor."""
     others = [
         f for f in (path.iterdir() if path.is_dir() else ()) if f.suffix in (".json", ".jinja", ".txt", ".model")

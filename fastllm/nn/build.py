@@ -17,7 +17,7 @@ PackedLinear = QuantLinear | BlockSparseLinear  # a `SparseLinear` is one of the
 def build_layer(
     weight: QuantizedWeight | BlockSparseWeight, shape: tuple[int, int], format: Any, bias: Tensor | None = None
 ) -> PackedLinear:
-    """The layer of a weight of `shape` (out_features, in_features) at rest in `format`, whose tensors it takes over."""
+    """The layer of a weight of `shape` (out_features, in_features) at rest in `format`; its tensors are taken over."""
     if isinstance(weight, BlockSparseWeight):
         return BlockSparseLinear(weight, shape, bias)
     return (SparseLinear if isinstance(format, SparseFormat) else QuantLinear)(weight, shape, format, bias)
