@@ -54,7 +54,6 @@ def test_what_is_none(text, values, message):
         parse_pattern(text, values)
 
 
-@pytest.mark.xfail(strict=True, reason="only text is parsed: sparsify(model, 0.5) ends in an AttributeError")
 @pytest.mark.parametrize("given", [0.5, None, 16, ("2:4",)])
 def test_what_is_no_text_is_a_share_or_refused(given):
     if given == 0.5:
@@ -64,7 +63,6 @@ def test_what_is_no_text_is_a_share_or_refused(given):
             parse_pattern(given)
 
 
-@pytest.mark.xfail(strict=True, reason="values= is dropped where the pattern is an object")
 @pytest.mark.parametrize("pattern", [SparseFormat(16), Unstructured(0.5), Blocks(32, 0.5)])
 def test_values_beside_a_pattern_that_is_no_text(pattern):
     try:
@@ -73,7 +71,6 @@ def test_values_beside_a_pattern_that_is_no_text(pattern):
         assert "values" in str(error)
 
 
-@pytest.mark.xfail(strict=True, reason="float() complains: could not convert string to float")
 @pytest.mark.parametrize("text", ["block64@0.7.1", "block64@."])
 def test_a_share_that_is_no_number_is_named(text):
     with pytest.raises(ValueError, match="pattern"):
@@ -115,7 +112,6 @@ def test_weights_that_have_their_zeros(pattern):
         fits(own, how)
 
 
-@pytest.mark.xfail(strict=True, reason="weights that go become -0.0 where they were negative")
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_what_goes_is_a_plain_zero(method):
     """-0.0 reads as another value to whoever compares bits, or counts what is not all zero bytes."""
@@ -137,11 +133,10 @@ def shares(found, sizes):
     return kept, sum(k * n for k, n in zip(kept, sizes, strict=True)) / sum(sizes)
 
 
-OWL = [*(f"{k}:32" for k in (6, 8, 16, 24, 29)), "0.3", "0.5", "0.7", "0.8", "16:32-int8"]
-TOO_FEW = pytest.mark.xfail(strict=True, reason="a block that cannot keep less than 1 is not made up for by others")
+OWL = [*(f"{k}:32" for k in (1, 2, 6, 8, 16, 24, 29)), "0.3", "0.5", "0.7", "0.8", "0.95", "16:32-int8"]
 
 
-@pytest.mark.parametrize("pattern", [*OWL, *(pytest.param(p, marks=TOO_FEW) for p in ("1:32", "2:32", "0.95"))])
+@pytest.mark.parametrize("pattern", OWL)
 def test_owl_keeps_as_many_in_all_and_more_where_there_are_outliers(pattern):
     generator, how = torch.Generator().manual_seed(3), parse_pattern(pattern)
     for blocks in (1, 2, 4, 7, 32):
@@ -155,7 +150,9 @@ def test_owl_keeps_as_many_in_all_and_more_where_there_are_outliers(pattern):
             assert all(abs(k - uniform) <= 0.16 + 1 / 32 for k in kept)
             order = sorted(range(blocks), key=lambda i: outliers[i])
             assert all(kept[a] <= kept[b] + 1 / 32 for a, b in zip(order, order[1:], strict=False))
-            assert kept[order[0]] <= kept[order[-1]] and (blocks == 1 or kept[order[0]] < kept[order[-1]])
+            assert kept[order[0]] <= kept[order[-1]] and (
+                blocks == 1 or uniform < 2 / 32 or kept[order[0]] < kept[order[-1]]
+            )
             assert all(getattr(p, "values", None) == getattr(how, "values", None) for p in found)
 
 

@@ -29,7 +29,7 @@ from .compressed_tensors import Stored
 
 METHOD, VERSION = "fastllm-sparse", 1
 LARGEST = 1 << 24  # blocks of one layer
-BLOCKS = re.compile(r"block(\d+)")
+BLOCKS = re.compile(r"block(\d{1,4})")
 
 
 SparseLayer = SparseLinear | BlockSparseLinear

@@ -47,14 +47,15 @@ def add_weights(
     )
     parser.add_argument("--method", choices=methods[0], help=methods[1])
     parser.add_argument("--lm-head", metavar="FORMAT", help="format of the output head, or `none`; default: int8")
-    parser.add_argument(
-        "--include",
-        action="append",
-        metavar="PATTERN",
-        help="only modules named so, such as '*.mlp.*' (may be repeated)",
-    )
+    add_choice(parser)
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Which modules."""
+    only = "only modules named so, such as '*.mlp.*' (may be repeated)"
+    parser.add_argument("--include", action="append", metavar="PATTERN", help=only)
     parser.add_argument("--exclude", action="append", metavar="PATTERN", help="not modules named so (may be repeated)")
-    least = "least share of the bytes to quantize (default: %(default)s)"
+    least = "least share of the bytes that a token reads to make smaller (default: %(default)s)"
     parser.add_argument("--min-coverage", type=float, default=0.5, metavar="SHARE", help=least)
 
 

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", choices=("uniform", "owl"), default="uniform", help="how many go in each block")
     parser.add_argument("--no-repair", action="store_true", help="leave the weights that stay as they are")
     parser.add_argument("--lm-head", metavar="FORMAT", help="format of the output head; default: as it is")
+    common.add_choice(parser)
     common.add_calibration(parser)
     parser.add_argument("--dense", action="store_true", help="save a dense checkpoint, zeros and all, for everyone")
 
@@ -32,28 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> dict[str, Any]:
     from ..checkpoints.folder import refuse_out
     from ..compress import sparsify
+    from ..compress.patterns import parse_pattern
     from ..patch import to_dense
 
     common.check_calibration(args)
+    pattern = parse_pattern(args.pattern, args.values)
     refuse_out(args.out, Path(args.model))
     start = time.perf_counter()
     model, tokenizer = common.load(args)
     report = sparsify(
         model,
-        args.pattern,
+        pattern,
         method=args.method,
         calib=args.calib,
         tokenizer=tokenizer,
         samples=args.samples,
         length=args.length,
-        values=args.values,
         repair=not args.no_repair,
         ratios=args.ratios,
         lm_head=args.lm_head,
+        include=args.include or "*",
+        exclude=args.exclude or (),
+        min_coverage=args.min_coverage,
         keep=False,
     )
     print(report)
     seconds = time.perf_counter() - start
-    if args.dense and "fastllm" in str(getattr(model.config, "quantization_config", "")):
+    if args.dense:
         to_dense(model)
     return {"model": args.model, "report": report.to_dict(), **common.save(model, tokenizer, args.out, seconds)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoints.choice import Patterns
 from ..formats import Format
-from ..patch.apply import Patch, Put, carry_out
+from ..patch.apply import Patch, Put, carry_out, unwrapped
 from ..patch.plan import Planner
 from ..patch.report import Report
 from ..patch.speedups import Speedups
@@ -74,6 +74,7 @@ def quantize(
     planner = Planner(chosen, group_size, lm_head, include, exclude, activations)
     ask = Ask(planner, method, calib, tokenizer, samples, length, min_coverage, kv_cache, goal, quiet)
     path = isinstance(model, (str, PathLike))
+    model = model if path else unwrapped(model)
     some = {"out": out, "dtype": dtype, "prompt": prompt, "test": test, "group_size": group_size}
     named = {name: value is not None for name, value in some.items()} | {"lm_head": lm_head not in (None, True, False)}
     _refuse(path, goal is not None, named)

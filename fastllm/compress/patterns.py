@@ -40,7 +40,7 @@ class Unstructured:
 
     def reason(self, N: int, K: int) -> str:
         """Why a weight [N, K] cannot have this pattern; empty if it can."""
-        return ""
+        return "" if self.kept_of(K) else f"nothing would be left of rows of {K}"
 
 
 @dataclass(frozen=True)
@@ -70,37 +70,45 @@ class Blocks:
         if bool(blocks.isnan().any()):
             raise ValueError("some scores are NaN: the weights or the inputs seen are not finite")
         total = blocks.numel()
-        kept = int((blocks > 0).sum()) if self.sparsity is None else total - round(self.sparsity * total)
+        kept = int((blocks > 0).sum()) if self.sparsity is None else self.kept_of(N, K)
         return largest(blocks.view(1, -1), kept, total).view_as(blocks).repeat_interleave(B, 0).repeat_interleave(B, 1)
 
-    def bytes(self, N: int, K: int, scale_bytes: int = 2) -> int:
+    def kept_of(self, N: int, K: int) -> int:
+        """Of a weight [N, K]; all, where nobody knows how many are not zero."""
         blocks = N * K // self.size**2
-        kept = blocks - round((self.sparsity or 0.0) * blocks)
-        return kept * (scale_bytes * self.size**2 + 4) + 4 * (N // self.size + 1)
+        return blocks - round((self.sparsity or 0.0) * blocks)
+
+    def bytes(self, N: int, K: int, scale_bytes: int = 2) -> int:
+        return self.kept_of(N, K) * (scale_bytes * self.size**2 + 4) + 4 * (N // self.size + 1)
 
     def reason(self, N: int, K: int) -> str:
         if N % self.size or K % self.size:
             return f"[{N}, {K}] cannot be cut into blocks of {self.size}"
-        return ""
+        return "" if self.kept_of(N, K) else f"nothing would be left of [{N}, {K}]"
 
 
 Pattern = SparseFormat | Unstructured | Blocks
 
 
-def parse_pattern(pattern: str | Pattern, values: str | None = None) -> Pattern:
+def parse_pattern(pattern: str | float | Pattern, values: str | None = None) -> Pattern:
     """ "2:4", "16:32" or any k:32, "0.5" (half of each row), "block64@0.7" (blocks 64 x 64, 30 % of them stay).
 
     values: "int8" or "int4", of the first two kinds. Raises ValueError for what is none of these.
     """
-    if not isinstance(pattern, str):
+    if isinstance(pattern, SparseFormat | Unstructured | Blocks):
+        if values is not None:
+            raise ValueError(f"values={values!r} go with a pattern's name, not with {pattern!r}")
         return pattern
-    blocks = re.fullmatch(r"block(\d+)(?:@([\d.]+))?", pattern)
+    if not isinstance(pattern, str) and type(pattern) is not float:
+        raise TypeError(f'pattern={pattern!r}: give a name, such as "16:32"')
+    blocks = re.fullmatch(r"block(\d{1,4})(?:@(\d+|\d*\.\d+))?", str(pattern))
     found: Pattern
     if blocks:
         found = Blocks(int(blocks[1]), float(blocks[2]) if blocks[2] else None)
-    elif re.fullmatch(r"\d*\.\d+|\d+", pattern):
+    elif re.fullmatch(r"\d*\.\d+|\d+", str(pattern)):
         found = Unstructured(float(pattern))
     else:
+        pattern = str(pattern)
         try:
             return parse_sparse(pattern, values)
         except ValueError as error:
@@ -139,18 +147,28 @@ def owl_kept(outliers: list[float], sizes: list[int], pattern: Pattern, spread: 
     size = torch.tensor(sizes, dtype=torch.float64)
     span = float(found.max() - found.min())
     shift = (found - found.min()) * (2 * spread / span) if span else torch.zeros_like(found)
-    shift -= (shift * size).sum() / size.sum()  # what one block gains, others lose
     if isinstance(pattern, Unstructured):
-        kept = ((1 - pattern.sparsity) + shift).clamp(0.01, 0.99)
+        kept = _shares(1 - pattern.sparsity, shift, size, 0.001, 0.999)
         return [Unstructured(round(1 - float(share), 4)) for share in kept]
     if not isinstance(pattern, SparseFormat) or pattern.quads:
         raise ValueError(f"{pattern.name} keeps as much everywhere; k:32 and shares such as 0.5 can differ by layer")
-    return [SparseFormat(k, False, pattern.values) for k in _whole(pattern.kept + 32 * shift, size, pattern.kept)]
+    wanted = 32 * _shares(pattern.kept / 32, shift, size, 1 / 32, 31 / 32)
+    return [SparseFormat(k, False, pattern.values) for k in _whole(wanted, size, pattern.kept)]
+
+
+def _shares(mean: float, shift: Tensor, size: Tensor, least: float, most: float) -> Tensor:
+    """`shift` and a constant, between two limits, such that the mean, weighed by `size`, is `mean`."""
+    low, high = -1.0 - float(shift.max()), 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        kept = (shift + middle).clamp(least, most)
+        low, high = (low, middle) if float((kept * size).sum() / size.sum()) > mean else (middle, high)
+    return (shift + low).clamp(least, most)
 
 
 def _whole(wanted: Tensor, size: Tensor, mean: int) -> list[int]:
     """Whole numbers near `wanted`, from 1 to 31, whose mean, weighed by `size`, does not exceed `mean`."""
-    kept = wanted.clamp(1, 31).floor()
+    kept = (wanted + 1e-9).floor()
     order = (wanted - kept).argsort(descending=True)
     for i in order.tolist():
         raised = kept.clone()

@@ -11,8 +11,8 @@ from ..formats import Format
 from ..nn import SparseLinear, build_layer
 from ..ops import what_runs
 from ..ops.block_sparse import runs_on
-from ..patch.apply import Patch, Put, carry_out, is_patched, without_data
-from ..patch.errors import NotSupportedError, refuse_state
+from ..patch.apply import Patch, Put, carry_out, is_patched, unwrapped, without_data
+from ..patch.errors import NotSupportedError, refuse_coverage, refuse_state
 from ..patch.plan import Decision, Plan, Planner
 from ..patch.report import Report
 from ..patch.speedups import Speedups
@@ -27,12 +27,13 @@ from .task import tokenizer_of
 
 logger = logging.getLogger("fastllm")
 
+SPARSE = "sparse"
 OUTLIER, SPREAD = 5.0, 0.08  # times the mean of scores; by how much sparsity may differ from layer to layer
 
 
 def sparsify(
     model: Any,
-    pattern: str | Pattern = "16:32",
+    pattern: str | float | Pattern = "16:32",
     *,
     method: str = "sparsegpt",
     calib: Calibration = None,
@@ -45,6 +46,7 @@ def sparsify(
     lm_head: str | Format | None = None,
     include: Patterns = "*",
     exclude: Patterns = (),
+    min_coverage: float = 0.5,
     keep: bool = True,
     prompt: Tensor | None = None,
     quiet: bool = False,
@@ -63,24 +65,25 @@ def sparsify(
     repair:    the weights that stay are adjusted by least squares to make up for those that went
     ratios:    "uniform", or "owl": blocks with more outliers keep more, as many in all (k:32 and shares such as 0.5)
     lm_head:   a format for the output head, such as "int8"; None: it stays as it is. It never gets sparse
-    include, exclude, keep, prompt, quiet: as in `fastllm.optimize`
+    include, exclude, min_coverage, keep, prompt, quiet: as in `fastllm.optimize`
 
     Raises what `fastllm.optimize` does, ValueError for an unknown pattern, method or ratios, a model without blocks or
     without a layer that can have the pattern, and data without tokens; the model is then as it was.
     """
-    chosen = parse_pattern(pattern, values)
+    model, chosen = unwrapped(model), parse_pattern(pattern, values)
     _refuse(chosen, method, ratios)
     if is_patched(model):
         raise NotSupportedError("the model is optimized already; fastllm.restore(model) first")
     refuse_state(model)
-    plan = _planned(model, SparsePlanner(chosen, lm_head, include, exclude, find_blocks(model)[0]))
-    solver = Pruning(method, repair)
-    data = None
-    if solver.products or method == "wanda":
+    solver = Pruning(method, repair, next(model.parameters()).dtype)
+    looks = solver.products or method == "wanda" or ratios == "owl"
+    planner = SparsePlanner(chosen, lm_head, include, exclude, find_blocks(model)[0] if looks else None)
+    plan, data = _planned(model, planner, min_coverage), None
+    if looks:
         vocabulary = model.config.get_text_config().vocab_size
         data = batches(calib, tokenizer or tokenizer_of(model, calib), vocabulary, samples, length)
     patch = Patch(Report(model, plan, keep), Speedups(model, False, False, None, False))
-    patch.report.what = "sparse"
+    patch.report.what = SPARSE if lm_head is None else f"{SPARSE} or quantized"
     job = _Job(model, patch, solver, chosen, data, ratios, quiet)
     ids = prompt if prompt is not None or data is None else data[0].ids[:1, :64]
     carry_out(model, patch, job.fill, probe(model, ids), ids is not None)
@@ -107,12 +110,14 @@ def _refuse(pattern: Pattern, method: str, ratios: str) -> None:
         )
 
 
-def _planned(model: Any, planner: "SparsePlanner") -> Plan:
-    """ValueError if no layer can have the pattern."""
+def _planned(model: Any, planner: "SparsePlanner", min_coverage: float) -> Plan:
+    """ValueError if no layer can have the pattern, CoverageError if too few of the bytes that a token reads can."""
     plan = planner.plan(model)
     if not any(d.format is planner.pattern for d in plan.chosen):
-        why = "; ".join(sorted({f"{d.name}: {d.reason}" for d in plan.skipped})[:4])
+        reasons = sorted({(d.reason.startswith(("does not match", "matches")), d.reason) for d in plan.skipped})
+        why = "; ".join(reason for _, reason in reasons[:4])
         raise ValueError(f"no layer can be {planner.pattern.name}: {why or 'there are none'}")
+    refuse_coverage(plan, min_coverage, model, f"{SPARSE} or quantized")
     return plan
 
 
@@ -120,19 +125,22 @@ class SparsePlanner(Planner):
     """Layers of blocks get the pattern, the head a format if one is given; all else stays."""
 
     def __init__(
-        self, pattern: Pattern, lm_head: str | Format | None, include: Patterns, exclude: Patterns, blocks: str
+        self, pattern: Pattern, lm_head: str | Format | None, include: Patterns, exclude: Patterns, blocks: str | None
     ):
+        """blocks: the name of their list, for layers that have to be seen at work."""
         super().__init__("int8", None, lm_head or False, include, exclude)
         self.pattern, self.blocks = pattern, blocks
 
     def _decide(self, name: str, module: Any, is_head: bool, model: Any) -> Decision:
         decision = super()._decide(name, module, is_head, model)
+        if is_head and decision.reason == "lm_head=False":
+            return self._leave(decision, "a head is not made sparse", 'lm_head="int8" quantizes it')
         if is_head or decision.format is None or decision.kind not in ("linear", "conv1d", "experts"):
             return decision
         decision.format, decision.runs, decision.after = None, "", decision.before
         if decision.kind == "experts":
             return self._leave(decision, "experts of a mixture are not made sparse", "fastllm.quantize takes them")
-        if not name.startswith(f"{self.blocks}."):
+        if self.blocks is not None and not name.startswith(f"{self.blocks}."):
             return self._leave(decision, "it is outside of the blocks", "")
         N, K = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         if why := reason(self.pattern, N, K):
@@ -150,9 +158,7 @@ def _runs(pattern: Pattern, N: int, K: int, weight: Tensor) -> str:
     if isinstance(pattern, Unstructured):
         return "dense matmul: zeros in no order make nothing faster"
     if isinstance(pattern, BlockPattern):
-        blocks = N * K // pattern.size**2
-        count = blocks - round((pattern.sparsity or 0) * blocks)
-        return runs_on(N, K, pattern.size, count, weight.dtype, weight.device)
+        return runs_on(N, K, pattern.size, pattern.kept_of(N, K), weight.dtype, weight.device)
     return what_runs(pattern, N, K, weight.dtype, weight.device)
 
 
@@ -194,10 +200,15 @@ class _Job:
                 self._place(of.pop(name), layers[name], found, put)
 
             calibrate(Blocks(self.model, self.data), sparse, self.solver, ready, self.quiet)
-            for name in sparse:  # they ran in no block, or on no data
-                of.pop(name)
-                logger.warning("%s did not run on the calibration data, and stays dense", name)
+            for name in sparse:
+                self._pass_over(of.pop(name))
         without_data(list(of.values()), None, self.quiet, put)
+
+    def _pass_over(self, decision: Decision) -> None:
+        """A layer that ran on no data stays as it is."""
+        decision.format, decision.runs, decision.after = None, "", decision.before
+        decision.reason, decision.remedy = "it did not run on the calibration data", 'method="magnitude" needs none'
+        logger.warning("%s did not run on the calibration data, and stays dense", decision.name)
 
     def _place(self, decision: Decision, layer: Layer, found: Any, put: Put) -> None:
         pattern: Any = layer.format
@@ -213,7 +224,8 @@ class _Job:
         new: Any = build_layer(found, (N, K), pattern, layer.module.bias)
         new.transposed = layer.transposed
         rest = found if isinstance(found, BlockSparseWeight) else new.at_rest()
-        self.stored += sum(t.nbytes for t in rest if t is not None)
+        small = sum(t.nbytes for t in rest if t is not None)
+        self.stored += decision.before if layer.transposed else small  # which is saved dense
         put(decision, lambda kind, original, format: new)
 
     def notes(self) -> list[str]:

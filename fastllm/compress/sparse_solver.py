@@ -40,7 +40,7 @@ class Sparse(NamedTuple):
             blocks = self.mask[::B, ::B].contiguous()
             return pack_blocks(self.dense.to(dtype), blocks, B)
         if not isinstance(self.pattern, SparseFormat):
-            return self.dense.to(dtype).mul_(self.mask)
+            return self.dense.to(dtype).masked_fill(~self.mask, 0)
         if self.rounded is None:
             dense = self.dense.to(dtype)
             return compress(dense, self.mask, dense.new_empty(len(dense), 0), self.pattern)
@@ -56,8 +56,10 @@ class Pruning(Solver):
     `sparsegpt`; zeros: the weights have them already, and stay as they are.
     """
 
-    def __init__(self, method: str = "sparsegpt", repair: bool = True):
+    def __init__(self, method: str = "sparsegpt", repair: bool = True, dtype: torch.dtype = torch.float32):
+        """dtype: in which the scales of integers will be stored: codes are chosen for them as they read back."""
         super().__init__()
+        self.dtype = dtype
         self.method, self.repair = method, repair and method != "zeros"
         self.products = self.repair or method == "sparsegpt"
         self.saw_few: set[int] = set()
@@ -85,19 +87,19 @@ class Pruning(Solver):
             dense, mask = w, fits(w, pattern)
         elif self.method == "sparsegpt" and factor is not None:
             joint = values is not None and not self.repair
-            rounding = Rounding(w, values, torch.float32) if joint and values else None
+            rounding = Rounding(w, values, self.dtype) if joint and values else None
             dense, mask = sparsegpt(w, factor, pattern, rounding=rounding)
         else:
             if self.method == "sparsegpt":
                 logger.warning("the inputs seen do not tell what can be pruned: the smallest weights are")
             mask = pattern.largest(self._scores(w, seen))
-            dense = w * mask
+            dense = w.masked_fill(~mask, 0)
         if self.repair and seen is not None and self._tells(seen):
             dense = reconstruct(w, dense, mask, seen.hessian)
         if values is None:
             return Sparse(dense, mask, pattern)
         if rounding is None:
-            return _rounded(w, dense, mask, pattern, values, factor, seen)
+            return _rounded(w, dense, mask, pattern, Rounding(dense * mask, values, self.dtype), values, factor, seen)
         return Sparse(dense, mask, pattern, rounding, rounding.codes)
 
     def _scores(self, w: Tensor, seen: Statistics | None) -> Tensor:
@@ -124,12 +126,12 @@ def _rounded(
     dense: Tensor,
     mask: Tensor,
     pattern: Pattern,
+    rounding: Rounding,
     values: IntFormat,
     factor: Tensor | None,
     seen: Statistics | None,
 ) -> Sparse:
     """What stays, as integers: by a sweep, where the inputs tell how, and no row worse than by rounding to nearest."""
-    rounding = Rounding(dense * mask, values, torch.float32)
     middle = torch.tensor(values.middle, dtype=torch.uint8, device=w.device)
     nearest = torch.where(mask, rounding.nearest, middle)
     codes = nearest

@@ -60,7 +60,7 @@ def sparsegpt(
             kept[k : k + len(columns)] = look(k, columns)
 
     def settle(k: int, column: Tensor) -> Tensor:
-        return column * kept[k] if rounding is None else rounding(k, column, kept[k])
+        return column.masked_fill(~kept[k], 0) if rounding is None else rounding(k, column, kept[k])
 
     found = sweep(w, factor, settle, choose, stretch)
     return found, kept.t()

@@ -53,6 +53,8 @@ class SparseLinear(QuantLinear):
         weight = linear.weight.detach()
         weight = weight if isinstance(linear, nn.Linear) else weight.t()
         kept = format.largest(weight.abs()) if mask is None else mask
+        if kept.shape != weight.shape or kept.dtype != torch.bool:
+            raise ValueError(f"the mask must be bool {list(weight.shape)}, got {kept.dtype} {list(kept.shape)}")
         packed = compress(weight, kept, weight.new_empty(len(weight), 0), format)
         own: Any = format
         layer = cls(packed, (weight.shape[0], weight.shape[1]), own, linear.bias)
@@ -73,6 +75,12 @@ class SparseLinear(QuantLinear):
     def is_expanded(self) -> bool:
         """Whether the zeros lie in memory too, because nothing here multiplies without them."""
         return self.layout.startswith("expanded")
+
+    def prepare(self) -> None:
+        """As for any packed layer. ValueError if what was loaded is of another pattern."""
+        if not self.layout:
+            self._check(self.at_rest(), self.format, self.shape)
+        super().prepare()
 
     def at_rest(self) -> QuantizedWeight:
         """The weight as it is stored."""

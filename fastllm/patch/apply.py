@@ -85,7 +85,7 @@ def optimize(
     Raises NotSupportedError (training mode, quantized, offloaded or meta weights) or CoverageError, ValueErrors of
     `fastllm.patch`, or ValueError (NaN, unknown format); the model is then as it was. A second call does nothing.
     """
-    model = _inner(model)
+    model = unwrapped(model)
     planner = None if weights is None else Planner(weights, group_size, lm_head, include, exclude, activations)
     if is_patched(model):
         return _again(model, planner, lambda: Speedups(model, attention, fuse, kv_cache, decode))
@@ -182,7 +182,7 @@ def put_in_place(model: Any, decision: Decision, patch: Patch, make: Make, batch
     model.set_submodule(decision.name, new)
 
 
-def _inner(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The model itself, if `model` is what torch.compile made of it."""
     return getattr(model, "_orig_mod", model)
 
@@ -205,6 +205,9 @@ def _undo(model: nn.Module, patch: Patch) -> None:
             original.train(layer.training)
         model.set_submodule(name, original)
     for module, name, parameter in reversed(patch.changes):
+        held = module._parameters[name]
+        if held is not None and (held.dtype, held.device) != (parameter.dtype, parameter.device):
+            parameter.data = parameter.data.to(held)
         module._parameters[name] = parameter
 
 
@@ -213,7 +216,7 @@ def restore(model: Any) -> Any:
 
     Raises NotSupportedError if the model is not patched, has adapters, or if the originals were not kept.
     """
-    inner = _inner(model)
+    inner = unwrapped(model)
     if not is_patched(inner):
         raise NotSupportedError("the model is not optimized by fastllm; nothing to restore")
     patch = inner._fastllm
@@ -232,7 +235,7 @@ def restore(model: Any) -> Any:
 @contextmanager
 def optimized(model: Any, *args: Any, **kwargs: Any) -> Iterator[Report]:
     """`with optimized(model, "int8") as report:` the model is patched inside, and as it was after."""
-    if is_patched(_inner(model)):
+    if is_patched(unwrapped(model)):
         raise NotSupportedError("the model is already optimized; fastllm.restore(model) first")
     if kwargs.get("dry_run"):
         raise ValueError("optimized(dry_run=True) would change nothing; call optimize(model, dry_run=True)")

@@ -4,9 +4,11 @@ import copy
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..nn import PackedLinear, QuantExperts
 from ..nn.linear import move_hook
+from .apply import is_patched, unwrapped
 from .errors import NotSupportedError
 
 
@@ -18,10 +20,12 @@ def to_dense(model: Any) -> Any:
 
     Raises NotSupportedError for a model without such layers, and for quantized experts.
     """
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = unwrapped(model)
     found = {n: m for n, m in inner.named_modules() if isinstance(m, PackedLinear)}
-    if not found:
+    if not found and not is_patched(inner):
         raise NotSupportedError("the model has no sparse or quantized layer; nothing to make dense")
+    if adapted := next((name for name, m in inner.named_modules() if hasattr(m, "base_layer")), None):
+        raise NotSupportedError(f"{adapted} has adapters, which are for the packed layer beneath; unload() them first")
     if experts := [name for name, m in inner.named_modules() if isinstance(m, QuantExperts)]:
         raise NotSupportedError(f"{experts[0]} has quantized experts, which stay; fastllm.restore(model) undoes them")
     patch = inner.__dict__.pop("_fastllm", None)
@@ -55,10 +59,11 @@ def _dense(layer: Any, original: nn.Module | None) -> nn.Module:
     if original is not None:
         new: Any = copy.copy(original)  # with parameters of its own
         new._parameters = dict(original._parameters)
+    elif layer.transposed:
+        new = Conv1D(layer.out_features, layer.in_features)
     else:
-        with_bias = layer.bias is not None
-        new = nn.Linear(layer.in_features, layer.out_features, with_bias, device="meta", dtype=weight.dtype)
-    new.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight, requires_grad=False)
+        new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     if hook := getattr(layer, "_hf_hook", None):

@@ -56,14 +56,14 @@ def refuse_state(model: nn.Module, quantizes: bool = True) -> None:
                 )
 
 
-def refuse_coverage(plan: Plan, min_coverage: float, model: nn.Module) -> None:
-    """Raise CoverageError if the plan reaches less than `min_coverage` of the bytes read per token."""
+def refuse_coverage(plan: Plan, min_coverage: float, model: nn.Module, what: str = "quantized") -> None:
+    """Raise CoverageError if the plan reaches less than `min_coverage` of the bytes read per token. what: it does."""
     if plan.coverage >= min_coverage:
         return
     left = sorted((d for d in plan.decisions if d.format is None and d.before), key=lambda d: -d.before)[:3]
     rest = "; ".join(f"{d.name} ({', '.join(filter(None, (size(d.before), d.reason, d.remedy)))})" for d in left)
     raise CoverageError(
         f"only {plan.coverage:.1%} of the {size(plan.before)} that {type(model).__name__} reads per token would be "
-        f"quantized, below min_coverage={min_coverage:.0%}. Largest left: {rest or 'nothing'}. "
+        f"{what}, below min_coverage={min_coverage:.0%}. Largest left: {rest or 'nothing'}. "
         "Pass min_coverage=0 to patch the rest anyway."
     )
