@@ -15,6 +15,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from fastllm.checkpoints.gguf import load_gguf
 from fastllm.compress.blocks import Blocks
 from fastllm.compress.calibrate import Layer, find_groups, observe
 from fastllm.compress.patterns import parse_pattern
+from fastllm.compress.reconstruct import reconstruct
 from fastllm.compress.samples import batches
 from fastllm.compress.sparse_solver import Pruning
-from fastllm.compress.statistics import output_error
+from fastllm.compress.statistics import Statistics, output_error
 from fastllm.data import sample_text
 from fastllm.diagnose import bytes_per_token, perplexity
 from fastllm.diagnose.speed import measure_alternating
@@ -154,31 +156,33 @@ def errors(dense: Path, samples: int) -> list[dict[str, Any]]:
     """By kind of layer and pattern: the mean over the layers of |(w - q) x|**2 / |w x|**2, for each criterion."""
     model, tokenizer = load_gguf(dense)
     blocks = Blocks(model, batches(None, tokenizer, model.config.vocab_size, samples))
-    solvers = {method: Pruning(method, repair=False) for method in ("magnitude", "wanda", "sparsegpt")}
-    solvers |= {f"{method}, repaired": Pruning(method) for method in solvers}
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for index in range(len(blocks)):
         prefix, block = f"{blocks.name(index)}.", blocks.layers[index]
         linears = {f"{prefix}{n}": m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-        for text in ("0.5", "2:4", "16:32"):
-            pattern: Any = parse_pattern(text)
-            layers = {name: Layer(module, pattern) for name, module in linears.items()}
-            groups = find_groups(blocks, index, layers)
-            for group, seen in zip(groups, observe(blocks, index, layers, groups, True), strict=True):
-                for method, solver in solvers.items():
-                    weights = [layers[name].weight for name in group.names]
-                    for name, w, sparse in zip(
-                        group.names, weights, solver.solve(weights, [pattern] * len(weights), seen), strict=True
-                    ):
-                        error = output_error(sparse.dense - w, seen.hessian).sum()
-                        kind = name.rpartition(".")[2]
-                        found[text, kind][method].append(float(error / output_error(w, seen.hessian).sum()))
+        layers = {name: Layer(module, parse_pattern("2:4")) for name, module in linears.items()}  # type: ignore[arg-type]
+        groups = find_groups(blocks, index, layers)
+        for group, seen in zip(groups, observe(blocks, index, layers, groups, True), strict=True):
+            for name in group.names:
+                for pattern, method, error in of_layer(layers[name].weight, seen):
+                    found[pattern, name.rpartition(".")[2]][method].append(error)
         blocks.advance(index)
         print(f"block {index}", flush=True)
     return [
         {"pattern": pattern, "kind": kind, **{method: sum(e) / len(e) for method, e in by.items()}}
         for (pattern, kind), by in found.items()
     ]
+
+
+def of_layer(w: torch.Tensor, seen: Statistics) -> Iterator[tuple[str, str, float]]:
+    """(pattern, method, error) of one weight, for each of them; with the weights that stay repaired as well."""
+    whole = output_error(w, seen.hessian).sum()
+    for text in ("0.5", "2:4"):
+        for method in ("magnitude", "wanda", "sparsegpt"):
+            sparse = Pruning(method, repair=False).solve([w], [parse_pattern(text)], seen)[0]
+            repaired = reconstruct(w, sparse.dense, sparse.mask, seen.hessian)
+            for name, q in ((method, sparse.dense), (f"{method}, repaired", repaired)):
+                yield text, name, float(output_error(q - w, seen.hessian).sum() / whole)
 
 
 def error_table(rows: list[dict[str, Any]]) -> str:

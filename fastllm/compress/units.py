@@ -123,9 +123,7 @@ class Unit:
 
 
 def _fresh(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    packed, scale, zero = (None if t is None else t.to(device, copy=True) for t in weight)
-    assert packed is not None and scale is not None
-    return QuantizedWeight(packed, scale, zero)
+    return QuantizedWeight(*(None if t is None else t.to(device, copy=True) for t in weight))  # type: ignore[arg-type]
 
 
 def without_calibration(name: str, module: Any, formats: Sequence[IntFormat]) -> Unit:
@@ -213,7 +211,7 @@ def _lay_down(units: list[Unit], file: Path) -> None:
         for u, unit in enumerate(units)
         for format, weights in unit.weights.items()
         for i, weight in enumerate(weights)
-        for part, t in zip(PARTS, weight, strict=True)
+        for part, t in zip(PARTS, weight[: len(PARTS)], strict=True)
         if t is not None
     }
     save_file(named, file)
