@@ -48,9 +48,9 @@ def test_neurons_go_where_they_are_missed_least(dense, repaired, monkeypatch) ->
     ):
         monkeypatch.setattr(prune_repair, "scores", other)
         found.append(perplexity(pruned(ffn=0.25, repair=False)[0]))
-    assert found[0] <= 1.08 * dense, found
+    assert found[0] <= 1.06 * dense, found
     assert dense < found[0] < found[1] < found[2] < found[3], found
-    assert found[0] - dense < 0.8 * (found[1] - dense), found
+    assert found[0] - dense < 0.9 * (found[1] - dense), found
 
 
 def test_the_report_has_the_figures(repaired) -> None:

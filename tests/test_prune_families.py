@@ -59,7 +59,7 @@ def test_stock_transformers_loads_what_is_left(family: str, dtype: torch.dtype, 
         assert own == {k: v for k, v in built.values[name].items() if type(v) is int}, name
     if predicts(model):
         cached, whole = cached_and_not(model, families.ids(length=12))
-        slack = 1e-4 if dtype == torch.float32 else 0.1 * float(whole.float().abs().max())
+        slack = 1e-4 if dtype == torch.float32 else 0.2 * float(whole.float().abs().max())
         torch.testing.assert_close(cached, whole, rtol=0, atol=slack)
 
 

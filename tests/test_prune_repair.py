@@ -135,22 +135,33 @@ def test_a_layer_is_cut_by_rows_and_columns(kind: type) -> None:
     assert torch.equal(layer(x), whole) and layer.bias is bias
 
 
-def test_what_a_layer_is_given_is_without_padding() -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_what_a_layer_is_given_is_without_padding(biased: bool) -> None:
+    """And each row counts as much as its answer is small, to a tenth of the median."""
     ids = data(2, 12)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, :5] = False
     model = build("llama")
     both = [Batch(ids[:1], None), Batch(ids[1:], mask[1:])]
-    found = observe(Blocks(model, both), 0, "mlp.down_proj", 256, mean=True)
-    rows: list[Tensor] = []
     layer = model.model.layers[0].mlp.down_proj
+    w, bias = layer.weight.detach().float(), torch.ones(len(layer.weight)) if biased else None
+    found = observe(Blocks(model, both), 0, "mlp.down_proj", w, bias)
+    rows: list[Tensor] = []
     with layer.register_forward_pre_hook(lambda module, args: rows.append(args[0][0])), torch.no_grad():
         model(ids[:1])
         model(ids[1:], attention_mask=mask[1:].long())
     x = torch.cat((rows[0], rows[1][5:])).double()
     assert found.rows == 19
-    torch.testing.assert_close(found.products.double(), x.t() @ x / 19, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(found.mean.double(), x.mean(0), rtol=1e-3, atol=1e-6)
+    size = torch.nn.functional.linear(x, w.double(), None if bias is None else bias.double()).norm(dim=1)
+    least = torch.cat([part.median().expand(len(part)) for part in size.split([12, 7])]) * 0.1
+    share = 1 / torch.maximum(size, least).square()
+    torch.testing.assert_close(found.products.double(), (x.t() * share) @ x / 19, rtol=1e-3, atol=1e-6)
+    if biased:
+        assert found.mean is not None
+        torch.testing.assert_close(found.mean.double(), share @ x / share.sum(), rtol=1e-3, atol=1e-6)
+        assert found.weight == pytest.approx(float(share.mean()), rel=1e-3)
+    else:
+        assert found.mean is None and found.weight == 1
 
 
 FOUND = {

@@ -229,7 +229,7 @@ def _cut_part(
     block = blocks.layers[index]
     consumer: Any = block.get_submodule(part.consumer)
     w, bias = matrix(consumer), consumer.bias
-    seen = solver.observe(blocks, index, part.consumer, w.shape[1], bias is not None)
+    seen = solver.observe(blocks, index, part.consumer, w, bias)
     score = solver.scores(w, seen.products, part.units)
     stay = solver.strongest(score, count)
     fixed = solver.repair(w, bias, seen, part.columns(block, stay), wanted)

@@ -1,8 +1,10 @@
 """Which units of a block go, and how the layer that takes in the rest makes up for them.
 
-Both from H, the mean of x x.T over the inputs x of that layer. With W its weight, K the channels kept and R those
-removed, the least-squares answer to what the whole layer answers is W_K + W_R H_RK (H_KK + damping)**-1: with much
-damping, it is the weight as it was.
+Both from H, the mean of x x.T over the inputs x of that layer, each divided by the size of what the layer answers to
+it: what counts is by what share of itself an answer is off, for norms make all of them alike afterwards, and a few
+tokens answer a thousand times as loud as others. With W its weight, K the channels kept and R those removed, the
+least-squares answer to what the whole layer answers is W_K + W_R H_RK (H_KK + damping)**-1: with much damping, it is
+the weight as it was.
 """
 
 from collections.abc import Sequence
@@ -10,29 +12,41 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .blocks import Blocks
 from .statistics import Statistics, output_error
 
-DAMPING, LITTLE = 0.03, 1.0  # of the mean of the diagonal; and where there are fewer rows than channels are kept
+DAMPING, LITTLE = 0.01, 1.0  # of the mean of the diagonal; and where there are fewer rows than channels are kept
 FAILED = 10.0  # by what the damping grows while the factorisation fails
+QUIET = 0.1  # of the median answer: those that are smaller count no more than this
 
 
 class Inputs(NamedTuple):
-    """Of the rows x that a layer was given: the mean of x x.T [K, K], that of x [K] if it was wanted, their number."""
+    """Of the rows x that a layer was given, where each counts as much as its answer is small: the mean of x x.T [K, K],
+    that of x [K] if it was wanted, with the weight that it has in the products, and the number of rows."""
 
     products: Tensor
     mean: Tensor | None
     rows: int
+    weight: float = 1.0
 
 
-def observe(blocks: Blocks, index: int, name: str, K: int, mean: bool) -> Inputs:
-    """What a layer of a block is given, over all batches. ValueError if that is not finite, or nothing."""
+def observe(blocks: Blocks, index: int, name: str, w: Tensor, bias: Tensor | None) -> Inputs:
+    """What a layer of a block is given, over all batches: that of weight w [N, K], whose mean is wanted with a bias.
+
+    ValueError if that is not finite, or nothing.
+    """
+    K, mean = w.shape[1], bias is not None
     statistics = Statistics(K + mean, blocks.device)
 
     def seen(name: str, x: Tensor, rows: Tensor | None) -> bool:
-        x = (x if rows is None else x[rows]).reshape(-1, K)
-        statistics.add(torch.cat((x, x.new_ones(len(x), 1)), 1) if mean else x)
+        x = (x if rows is None else x[rows]).reshape(-1, K).float()
+        size = linear(x, w, None if bias is None else bias.float()).norm(dim=1, keepdim=True)
+        if len(x):
+            loud = size.clamp(min=QUIET * float(size.median()))
+            x = torch.cat((x, x.new_ones(len(x), 1)), 1) if mean else x
+            statistics.add(x / torch.where(loud > 0, loud, 1.0))
         return True
 
     blocks.watch(index, {name: blocks.layers[index].get_submodule(name)}, seen)
@@ -43,7 +57,7 @@ def observe(blocks: Blocks, index: int, name: str, K: int, mean: bool) -> Inputs
         raise ValueError(f"{blocks.name(index)}.{name} did not run on the calibration data")
     if not mean:
         return Inputs(H, None, statistics.count)
-    return Inputs(H[:K, :K].contiguous(), H[:K, K].clone(), statistics.count)
+    return Inputs(H[:K, :K].contiguous(), H[:K, K] / H[K, K], statistics.count, float(H[K, K]))
 
 
 def scores(w: Tensor, H: Tensor, units: int) -> Tensor:
@@ -90,7 +104,7 @@ def repair(w: Tensor, bias: Tensor | None, seen: Inputs, kept: Tensor, wanted: b
     plain = w[:, kept]
     if not wanted or whole <= 0:
         return Repaired(plain, bias, without / max(whole, 1e-30), without / max(whole, 1e-30))
-    C = H if mean is None else H - mean[:, None] * mean
+    C = H if mean is None else H - seen.weight * mean[:, None] * mean
     delta = _solve(C[kept[:, None], kept], C[kept[:, None], gone] @ lost.t(), seen.rows).t()
     difference = torch.zeros_like(w).index_copy_(1, kept, delta).index_copy_(1, gone, -lost)
     error = float(output_error(difference, C).sum())
