@@ -37,7 +37,7 @@ from fastllm.diagnose import bytes_per_token, perplexity
 from fastllm.diagnose.speed import measure_alternating
 from fastllm.nn import SparseLinear
 
-HEAD = {"lm_head": "int8"}
+HEAD, MADE = {"lm_head": "int8"}, "made.json"
 INT8 = ("optimize", {"weights": "int8"})
 
 
@@ -93,7 +93,7 @@ def make(name: str, folder: Path, dense: Path, samples: int) -> None:
     seconds = time.perf_counter() - start if RUNS[name] else 0.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "seconds").write_text(f"{seconds:.1f}")
+    (folder / MADE).write_text(json.dumps({"seconds": round(seconds, 1), "samples": samples}))
 
 
 def stored_bytes(model: Any) -> int:
@@ -124,7 +124,7 @@ def measured(names: list[str], folder: Path, windows: int) -> list[dict[str, Any
                 "decode_speedup": speed["it"].decode_tok_s / speed["bf16"].decode_tok_s,
                 "prefill_speedup": speed["bf16"].prefill_s / speed["it"].prefill_s,
                 "tok_s": speed["it"].decode_tok_s,
-                "seconds": float((folder / name / "seconds").read_text()),
+                **json.loads((folder / name / MADE).read_text()),
             }
         )
         print({key: value for key, value in rows[-1].items() if key != "steps"}, flush=True)
@@ -141,14 +141,17 @@ def _loaded(folder: Path) -> Any:
 def table(rows: list[dict[str, Any]]) -> str:
     first = next(row["perplexity"] for row in rows if row["name"] == "bf16")
     lines = [
-        "| weights | MB a token, as stored | perplexity | tokens/s here | MB a token here |",
-        "|---|---|---|---|---|",
+        "| weights | MB a token, as stored | perplexity | tokens/s here | 512 tokens read | MB a token here | samples |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         change = "" if row["name"] == "bf16" else f" ({row['perplexity'] / first - 1:+.0%})"
         speed = f"{row['tok_s']:.1f} ({row['decode_speedup']:.2f}x)"
         sizes = [f"{row[key] / 1e6:.0f}" for key in ("stored_bytes", "bytes_per_token")]
-        lines.append(f"| {row['name']} | {sizes[0]} | {row['perplexity']:.2f}{change} | {speed} | {sizes[1]} |")
+        figures = [f"{row['perplexity']:.2f}{change}", speed, f"{row['prefill_speedup']:.2f}x", sizes[1]]
+        looks = any(step in ("sparsify", "quantize", "prune", "from") for step, _ in row["steps"])
+        figures.append(str(row["samples"]) if looks else "")
+        lines.append(f"| {row['name']} | {sizes[0]} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +208,7 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true", help="measure only the errors of layers")
     args = parser.parse_args()
     results = RESULTS / device_name()
-    about = f"Gemma 3 270M; {args.samples} samples of 512 tokens of calibration.\n\n"
+    about = f"Gemma 3 270M, {args.samples} samples of 512 tokens. "
     with tempfile.TemporaryDirectory() as folder:
         dense = assemble(Path(folder, MODEL_NAME))
         if args.errors:
@@ -217,22 +220,23 @@ def main() -> None:
             return
         names = [name for name in RUNS if args.only in name or name == "bf16"]
         for name in names if not args.measure else ():
-            if not (args.folder / name / "seconds").is_file():
+            if not (args.folder / name / MADE).is_file():
                 make(name, args.folder / name, dense, args.samples)
                 print(f"made: {name}", flush=True)
     if args.make:
         return
-    names = [name for name in names if (args.folder / name / "seconds").is_file()]
+    names = [name for name in names if (args.folder / name / MADE).is_file()]
     path = results / "sparsity.json"
     before = {row["name"]: row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])}
     found = before | {row["name"]: row for row in measured(names, args.folder, args.windows)}
     rows = sorted((found[name] for name in RUNS if name in found), key=lambda row: -row["stored_bytes"])
     save("sparsity", rows)
-    path.with_suffix(".md").write_text(
-        about
-        + f"Perplexity over {args.windows} windows of 512 tokens. As stored: what a kernel for the format reads; a "
-        "CPU has none for sparse layers, and reads the zeros too.\n\n" + table(rows)
+    what = (
+        f"Gemma 3 270M, perplexity over {args.windows} windows of 512 tokens. Heads are of int8, but those of bf16 and of "
+        "structured pruning alone. Samples: of calibration, 512 tokens each. As stored: what a kernel for the format "
+        "reads; a CPU has none for sparse layers, and reads the zeros too.\n\n"
     )
+    path.with_suffix(".md").write_text(what + table(rows))
     print(table(rows))
 
 
