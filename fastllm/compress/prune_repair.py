@@ -23,8 +23,8 @@ QUIET = 0.1  # of the median answer: those that are smaller count no more than t
 
 
 class Inputs(NamedTuple):
-    """Of the rows x that a layer was given, where each counts as much as its answer is small: the mean of x x.T [K, K],
-    that of x [K] if it was wanted, with the weight that it has in the products, and the number of rows."""
+    """Of the rows x that a layer was given, where each counts the more the smaller its answer is: the mean of x x.T
+    [K, K], that of x [K] if it was wanted, with the weight that it has in the products, and the number of rows."""
 
     products: Tensor
     mean: Tensor | None
