@@ -233,8 +233,8 @@ def main() -> None:
     save("sparsity", rows)
     what = (
         f"Gemma 3 270M, perplexity over {args.windows} windows of 512 tokens. Heads are of int8, but those of bf16 "
-        "and of structured pruning alone. Samples: of calibration, 512 tokens each. Stored: what a kernel for the format "
-        "reads; a CPU has none for sparse layers, and reads the zeros too.\n\n"
+        "and of structured pruning alone. Samples: of calibration, 512 tokens each. Stored: what a kernel for the "
+        "format reads; a CPU has none for sparse layers, and reads the zeros too.\n\n"
     )
     path.with_suffix(".md").write_text(what + table(rows))
     print(table(rows))
