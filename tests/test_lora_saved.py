@@ -13,7 +13,7 @@ from families import build, rough
 from torch import nn
 
 import fastllm
-from fastllm.nn import QuantLinear
+from fastllm.nn import BlockSparseLinear, QuantLinear
 
 pytest.importorskip("peft")
 from adapters import adapt, adapted, answer, exact_products, is_fused, packed
@@ -147,7 +147,8 @@ def test_the_configuration_is_a_copy_and_keeps_what_else_is_registered():
     given = LoraConfig(target_modules=["q_proj"])
     given._register_custom_module({nn.Bilinear: nn.Identity})
     config = fastllm.lora_config(given, nn.Identity())
-    assert config._custom_modules == {nn.Bilinear: nn.Identity, QuantLinear: QuantLoraLinear}
+    packed = dict.fromkeys((QuantLinear, BlockSparseLinear), QuantLoraLinear)
+    assert config._custom_modules == {nn.Bilinear: nn.Identity, **packed}
     assert QuantLinear not in given._custom_modules
 
 
