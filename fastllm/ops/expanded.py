@@ -1,7 +1,7 @@
 """Sparse weights where nothing reads them as they are: all columns in memory, the zeros too, and a dense product.
 
 A CPU has no operator for weights with holes that would be faster than a dense one, so this is what runs there: files
-are small, memory and time are those of a dense weight. The report says so.
+are small, a layer's memory and time are those of a dense weight. The report says so.
 """
 
 from typing import Any
